@@ -1,0 +1,333 @@
+"""The actor that the training loop talks to: one policy spread over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from nemo_aligner.utils import parallel_state as aligner_state
+from nemo_aligner.utils.distributed import broadcast_tensor_within_pp
+from nemo_aligner.utils.utils import adapter_control, clear_memory, configure_batch_sizes, cpu_weight_swap
+
+from nemo_lrpo.actor import collectives
+from nemo_lrpo.actor.generation import RolloutEngine, build_engine
+from nemo_lrpo.actor.policy import Batch, LrpoActorModel
+from nemo_lrpo.actor.setup import Policy, export_nemo, save_shards
+from nemo_lrpo.algorithms.loss import aggregation_weights, grpo_loss
+from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.types import Rollouts, Score, TaggedPrompt, TrainingBatch
+
+_LOSS_SUMS = ("loss", "policy_loss", "kl_loss")
+_TOKEN_SUMS = ("kl", "ratio", "clipped_low", "clipped_high", "surprisal", "old_kl")
+
+
+class NonFiniteError(ArithmeticError):
+    """Loss or gradient is NaN or infinite; raised on all ranks before the optimizer moves."""
+
+
+class MegatronActor:
+    """Implements nemo_lrpo.training.protocols.Actor on Megatron's tensor, pipeline and data parallel ranks."""
+
+    def __init__(self, policy: Policy, config: TrainConfig):
+        self._policy = policy
+        self._model = policy.model
+        self._config = config
+        self._engine: RolloutEngine = build_engine(policy.model, config.rollout)
+        self._tokenizer = policy.model.tokenizer
+        self._languages = {language: index for index, language in enumerate(config.data.languages)}
+        self._reference: torch.Tensor | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return dist.get_rank() == 0
+
+    # -- rollouts ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[TaggedPrompt],
+        seeds: Sequence[int],
+        on_finished: Callable[[Rollouts], None],
+        temperature: float | None = None,
+    ) -> Rollouts:
+        total, budget = len(prompts), self._config.rollout.max_new_tokens
+        width = max(len(prompt.token_ids) for prompt in prompts) + budget
+        tokens = torch.zeros(total, width, dtype=torch.int64)
+        facts = torch.zeros(total, 3, dtype=torch.int64)  # length, ended, valid
+        self._engine.prepare()
+        with self._engine.layout():
+            rank, ranks = aligner_state.get_data_parallel_rank(), aligner_state.get_data_parallel_world_size()
+            answers = dist.get_rank() == aligner_state.get_model_parallel_src_rank()
+            # Prompts of like length share a batch: NeMo decodes from the shortest prompt of a batch on.
+            rows = sorted(range(rank, total, ranks), key=lambda row: len(prompts[row].token_ids))
+            size = self._config.rollout.micro_batch_size
+            for chunk in (rows[start : start + size] for start in range(0, len(rows), size)):
+                batch = self._generate_batch(
+                    [prompts[row] for row in chunk], [seeds[row] for row in chunk], temperature, decode=answers
+                )
+                if answers:
+                    tokens[chunk, : batch.tokens.size(1)] = batch.tokens
+                    facts[chunk] = torch.stack((batch.lengths, batch.ended.long(), batch.valid.long()), dim=1)
+                    on_finished(batch)
+        self._engine.release()
+        # Exactly one rank has filled each row, so the sum over ranks is the union.
+        tokens, facts = collectives.sum_over_ranks(tokens), collectives.sum_over_ranks(facts)
+        lengths = facts[:, 0]
+        longest = int(lengths.max())
+        tokens = tokens[:, :longest]
+        tokens[torch.arange(longest) >= lengths.unsqueeze(1)] = self._tokenizer.eos_id
+        return Rollouts(
+            sample_ids=tuple(prompt.sample_id for prompt in prompts),
+            tokens=tokens,
+            prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt in prompts]),
+            lengths=lengths,
+            ended=facts[:, 1].bool(),
+            valid=facts[:, 2].bool(),
+            texts=(),
+        )
+
+    def _generate_batch(
+        self, prompts: Sequence[TaggedPrompt], seeds: Sequence[int], temperature: float | None, decode: bool
+    ) -> Rollouts:
+        budget, eos = self._config.rollout.max_new_tokens, self._tokenizer.eos_id
+        prompt_lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts])
+        padded = torch.full((len(prompts), int(prompt_lengths.max()) + budget), eos)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
+        generated = self._engine.generate(padded, prompt_lengths, seeds, temperature)
+        tokens, lengths = generated.tokens.cpu(), generated.lengths.cpu()
+        in_range = (tokens >= 0) & (tokens < self._tokenizer.vocab_size)
+        tokens = torch.where(in_range, tokens, eos)
+        rollouts = Rollouts(
+            sample_ids=tuple(prompt.sample_id for prompt in prompts),
+            tokens=tokens,
+            prompt_lengths=prompt_lengths,
+            lengths=lengths,
+            ended=torch.zeros(len(prompts), dtype=torch.bool),
+            valid=in_range.all(dim=1),
+            texts=(),
+        )
+        last_is_end = tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1) == eos
+        rollouts.ended = last_is_end & (lengths > prompt_lengths)
+        ends = list(self._config.rollout.end_strings)
+        if decode or ends:
+            texts = self.decode(rollouts, range(len(prompts)))
+            stopped = torch.tensor([any(text.endswith(end) for end in ends) for text in texts])
+            rollouts.ended |= stopped
+            rollouts.texts = tuple(_strip_end(text, ends) for text in texts)
+        return rollouts
+
+    def decode(self, rollouts: Rollouts, rows: Sequence[int]) -> list[str]:
+        responses = [
+            rollouts.tokens[row, rollouts.prompt_lengths[row] : rollouts.lengths[row]].tolist() for row in rows
+        ]
+        return self._tokenizer.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+    # -- log-probs and update ------------------------------------------------------------------------------------
+
+    def reference_logprobs(self, batch: TrainingBatch) -> None:
+        if self._config.algorithm.kl_coefficient == 0:
+            return
+        rows = self._share(batch)
+        self._model.prepare_for_inference()
+        with _reference_weights(self._model):
+            self._reference = self._logprobs(batch.tokens[rows])
+        self._model.finish_inference()
+
+    def update(self, batch: TrainingBatch) -> dict[str, float]:
+        algorithm = self._config.algorithm
+        rows = self._share(batch)
+        mask = response_mask(batch)
+        share: Batch = {
+            "tokens": batch.tokens[rows],
+            "mask": mask[rows],
+            "advantages": batch.advantages[rows],
+        }
+        if self._reference is not None:
+            share["ref_logprobs"], self._reference = self._reference, None
+        if algorithm.num_updates > 1:
+            # One update per step needs no forward pass for the old log-probs: they are the current ones.
+            self._model.prepare_for_inference()
+            share["old_logprobs"] = self._logprobs(share["tokens"])
+            self._model.finish_inference()
+        self._model.prepare_for_training()
+        totals: dict[str, float] = {}
+        per_update = len(rows) // algorithm.num_updates
+        global_rows = batch.tokens.size(0) // algorithm.num_updates
+        for index in range(algorithm.num_updates):
+            part = {key: value[index * per_update : (index + 1) * per_update] for key, value in share.items()}
+            everyone = mask[index * global_rows : (index + 1) * global_rows]
+            metrics = self._one_update(part, everyone)
+            for key, value in metrics.items():
+                totals[key] = totals.get(key, 0.0) + value / algorithm.num_updates
+        self._model.finish_training()
+        clear_memory()
+        return totals
+
+    def _one_update(self, part: Batch, everyone: torch.Tensor) -> dict[str, float]:
+        """One optimizer step. everyone: mask [n, S-1] of all ranks' rows, for the global denominator."""
+        algorithm = self._config.algorithm
+        part["weights"] = aggregation_weights(
+            part["mask"],
+            algorithm.aggregation,
+            global_tokens=int(everyone.sum()),
+            global_sequences=int(everyone.any(dim=1).sum()),
+        )
+        size = self._model.cfg.micro_batch_size
+        part = _pad_rows(part, size, self._tokenizer.eos_id)
+        micro_batches = [
+            {key: value[start : start + size] for key, value in part.items()}
+            for start in range(0, part["tokens"].size(0), size)
+        ]
+        self._configure_batches(len(micro_batches))
+        self._policy.optimizer.zero_grad()
+        self._model.prepare_for_training_step()
+        collected = self._model.forward_backward(micro_batches, self._loss)
+        self._model.finish_training_step()
+        metrics = self._reduce(collected)
+        grad_norm = self._grad_norm()
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
+            raise NonFiniteError(f"loss={metrics['loss']} grad_norm={grad_norm}: the optimizer did not step.")
+        self._policy.optimizer.step()
+        metrics["lr"] = float(self._policy.optimizer.param_groups[0]["lr"])
+        self._policy.scheduler.step()
+        metrics["grad_norm"] = grad_norm
+        return metrics
+
+    def _loss(self, logprobs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        algorithm = self._config.algorithm
+        return grpo_loss(
+            logprobs,
+            batch.get("old_logprobs", logprobs.detach()),
+            batch.get("ref_logprobs"),
+            batch["advantages"],
+            batch["mask"],
+            batch["weights"],
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            kl_coefficient=algorithm.kl_coefficient,
+            kl_estimator=algorithm.kl_estimator,
+        )
+
+    def _share(self, batch: TrainingBatch) -> torch.Tensor:
+        """Rows of this data-parallel rank, in plan order; within every update each rank has every ranks-th row."""
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        updates = self._config.algorithm.num_updates
+        per_update = batch.tokens.size(0) // updates
+        starts = torch.arange(updates) * per_update
+        return (starts.unsqueeze(1) + torch.arange(rank, per_update, ranks)).flatten()
+
+    def _logprobs(self, tokens: torch.Tensor) -> torch.Tensor:
+        size = self._config.actor.logprob_micro_batch_size
+        padded = _pad_rows({"tokens": tokens}, size, self._tokenizer.eos_id)["tokens"]
+        self._configure_batches(padded.size(0) // size, size)
+        logprobs = broadcast_tensor_within_pp(self._model.compute_logprobs(padded, size), torch.float32)
+        return logprobs[: tokens.size(0)].cpu()
+
+    def _configure_batches(self, num_micro_batches: int, size: int | None = None) -> None:
+        size = size or self._model.cfg.micro_batch_size
+        ranks = parallel_state.get_data_parallel_world_size()
+        configure_batch_sizes(mbs=size, gbs=num_micro_batches * size * ranks, dp=ranks)
+
+    def _grad_norm(self) -> float:
+        """Global L2 norm of the reduced gradients, before clipping."""
+        optimizer = self._policy.optimizer.mcore_optimizer
+        optimizer.prepare_grads()
+        parts = getattr(optimizer, "chained_optimizers", [optimizer])
+        return math.sqrt(sum(float(part.get_grad_norm()) ** 2 for part in parts))
+
+    def _reduce(self, collected: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Metrics of one update over all ranks: losses as they are, per-token sums as means over tokens."""
+        totals = torch.zeros(len(_LOSS_SUMS) + len(_TOKEN_SUMS) + 1, dtype=torch.float64)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            # Only the last pipeline stage has collected anything; the other ranks add zero.
+            for metrics in collected:
+                totals += torch.stack([metrics[name].double() for name in (*_LOSS_SUMS, *_TOKEN_SUMS, "tokens")]).cpu()
+        *sums, tokens = collectives.sum_over_ranks(totals).tolist()
+        values = dict(zip(_LOSS_SUMS, sums, strict=False))
+        for name, total in zip(_TOKEN_SUMS, sums[len(_LOSS_SUMS) :], strict=True):
+            values[name] = total / max(tokens, 1.0)
+        return {**values, "tokens": tokens}
+
+    # -- agreement, files ----------------------------------------------------------------------------------------
+
+    def join_scores(self, sample_ids: Sequence[str], local: Mapping[str, Score]) -> dict[str, Score]:
+        names = list(self._languages)
+        table = torch.zeros(len(sample_ids), 8, dtype=torch.float64)
+        for row, sample_id in enumerate(sample_ids):
+            score = local.get(sample_id)
+            if score is not None:
+                language = -1.0 if score.language is None else float(self._languages.get(score.language, len(names)))
+                table[row] = torch.tensor(
+                    [
+                        1.0,
+                        score.similarity,
+                        score.calibrated,
+                        score.quality,
+                        language,
+                        score.confidence,
+                        score.gate,
+                        score.reward,
+                    ],
+                    dtype=torch.float64,
+                )
+        joined = {}
+        for sample_id, (known, *parts) in zip(sample_ids, collectives.sum_over_ranks(table).tolist(), strict=True):
+            if known == 1.0:
+                similarity, calibrated, quality, language, confidence, gate, reward = parts
+                index = int(language)
+                name = None if index < 0 else names[index] if index < len(names) else "other"
+                joined[sample_id] = Score(sample_id, similarity, calibrated, quality, name, confidence, gate, reward)
+        return joined
+
+    def agree(self, error: BaseException | None) -> None:
+        collectives.agree(error)
+
+    def save_shards(self, directory: Path) -> None:
+        save_shards(self._policy, directory)
+
+    def export(self, path: Path, artifacts: Mapping[str, str]) -> None:
+        export_nemo(self._policy, path, artifacts, self.is_main)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def response_mask(batch: TrainingBatch) -> torch.Tensor:
+    """bool [N, S-1]: True where log-prob t belongs to a response token of a sample in use.
+
+    Log-prob t predicts token t + 1; the end token counts as part of the response.
+    """
+    position = torch.arange(batch.tokens.size(1) - 1)
+    inside = (position >= batch.prompt_lengths.unsqueeze(1) - 1) & (position < batch.lengths.unsqueeze(1) - 1)
+    return inside & batch.use.unsqueeze(1)
+
+
+def _pad_rows(batch: Batch, multiple: int, eos_id: int) -> Batch:
+    """Fill up to a multiple of the micro batch with rows of end tokens and weight zero."""
+    missing = -batch["tokens"].size(0) % multiple
+    if not missing:
+        return batch
+    return {
+        key: torch.cat((value, value.new_full((missing, *value.shape[1:]), eos_id if key == "tokens" else 0)))
+        for key, value in batch.items()
+    }
+
+
+def _strip_end(text: str, ends: Sequence[str]) -> str:
+    for end in ends:
+        if end and text.endswith(end):
+            return text[: -len(end)]
+    return text
+
+
+def _reference_weights(model: LrpoActorModel) -> AbstractContextManager[None]:
+    """Context in which the model holds the initial policy's weights (or its LoRA adapters are off)."""
+    if model.use_peft and model.init_policy_state_dict is None:
+        return adapter_control(model)
+    return cpu_weight_swap(model, model.init_policy_state_dict, megatron_amp_O2=model.megatron_amp_O2)

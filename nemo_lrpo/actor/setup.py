@@ -1,0 +1,225 @@
+"""NeMo glue: from a checked configuration to a policy on its ranks, as NeMo-Aligner 0.7.0 sets its actors up."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo.utils.exp_manager import exp_manager
+from nemo_aligner.utils.train_script_utils import (
+    CustomLoggerWrapper,
+    extract_optimizer_scheduler_from_ptl_model,
+    init_distributed,
+    init_peft,
+    init_using_ptl,
+)
+from nemo_aligner.utils.utils import (
+    load_and_override_model_config,
+    load_checkpoint_model_config,
+    load_from_nemo,
+    retrieve_model_state_dict_in_cpu,
+)
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_lrpo.actor.platform import model_overrides
+from nemo_lrpo.actor.policy import LrpoActorModel
+from nemo_lrpo.config.checks import ConfigError, unknown_key_message
+from nemo_lrpo.config.schema import TrainConfig
+
+OPTIMIZER = "mcore_distributed_optim"
+
+
+@dataclass
+class Policy:
+    """A model on its ranks, with what trains and saves it."""
+
+    model: LrpoActorModel
+    trainer: Trainer
+    optimizer: Any
+    scheduler: Any
+    logger: CustomLoggerWrapper
+
+
+def check_nemo_sections(config: TrainConfig) -> None:
+    """Refuse misspelt or unsupported keys of the sections that Lightning and NeMo own.
+
+    Raises ConfigError. A key of `model` is known if the .nemo's own configuration or conf/train.yaml has it.
+    """
+    known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+    for key in config.trainer:
+        if key not in known:
+            raise ConfigError(unknown_key_message(key, known | {"lrpo"}, "trainer"))
+    path = str(config.pretrained_checkpoint.restore_from_path)
+    try:
+        base = load_checkpoint_model_config(path)
+    except (AssertionError, OSError, tarfile.TarError, KeyError) as error:
+        raise ConfigError(
+            f"pretrained_checkpoint.restore_from_path={path!r} is not a .nemo ({error}); "
+            "tools/hf_to_nemo.py makes one from a Hugging Face directory."
+        ) from error
+    ours = {"micro_batch_size", "precision", "seed", "peft", "optim", "gradient_as_bucket_view"}
+    for key in config.model:
+        if key not in base and key not in ours | _MODEL_KEYS:
+            raise ConfigError(unknown_key_message(key, set(map(str, base)) | ours | _MODEL_KEYS, "model"))
+    name = config.model.get("optim", {}).get("name")
+    if name != OPTIMIZER:
+        raise ConfigError(f"model.optim.name={name!r} is not supported; accepted: {OPTIMIZER!r}.")
+
+
+_MODEL_KEYS = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "sequence_parallel",
+    "megatron_amp_O2",
+    "activations_checkpoint_granularity",
+    "activations_checkpoint_method",
+    "activations_checkpoint_num_layers",
+    "dist_ckpt_format",
+    "dist_ckpt_parallel_save",
+    "dist_ckpt_parallel_load",
+    "dist_ckpt_parallel_dist_opt",
+    "hidden_dropout",
+    "attention_dropout",
+    "ffn_dropout",
+    "encoder_seq_length",
+}
+
+
+def build_policy(
+    config: TrainConfig, *, total_updates: int, resume_from: Path | None, training: bool = True
+) -> Policy:
+    """Load the base .nemo on the configured layout and, where given, a checkpoint's shards over it.
+
+    total_updates: optimizer steps of the whole run, for the learning rate schedule. resume_from: the directory of
+    model and optimizer shards written by `save_shards`. training: False builds no optimizer and keeps no reference.
+    """
+    nemo = OmegaConf.create(
+        {"trainer": dict(config.trainer), "exp_manager": _exp_manager(config), "model": _model(config, total_updates)}
+    )
+    nemo.model = load_and_override_model_config(config.pretrained_checkpoint.restore_from_path, nemo.model)
+    trainer = MegatronTrainerBuilder(nemo).create_trainer()
+    if training:
+        exp_manager(trainer, nemo.exp_manager)
+    model = load_from_nemo(
+        LrpoActorModel,
+        nemo.model,
+        trainer,
+        strict=True,
+        restore_path=config.pretrained_checkpoint.restore_from_path,
+    )
+    model.temperature = config.rollout.temperature
+    init_peft(model, nemo.model)
+    if training and config.algorithm.kl_coefficient > 0 and nemo.model.peft.peft_scheme == "none":
+        model.init_policy_state_dict = retrieve_model_state_dict_in_cpu(
+            model, megatron_amp_O2=nemo.model.get("megatron_amp_O2", False)
+        )
+    init_distributed(trainer, model, nemo.model.get("transformer_engine", False))
+    trainer.ckpt_path = None if resume_from is None else str(resume_from)
+    # NeMo asks for a data loader only to size its schedules; ours feeds the trainer directly.
+    rows = range(max(1, total_updates))
+    init_using_ptl(trainer, model, torch.utils.data.DataLoader(rows, batch_size=1), rows)
+    optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
+    return Policy(model, trainer, optimizer, scheduler, CustomLoggerWrapper(trainer.loggers))
+
+
+def save_shards(policy: Policy, directory: Path) -> None:
+    """All ranks: write model, optimizer and schedule as one distributed checkpoint in `directory`."""
+    checkpoint = policy.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    policy.trainer.strategy.save_checkpoint(checkpoint, str(directory))
+
+
+def export_nemo(policy: Policy, path: Path, artifacts: Mapping[str, str], is_main: bool) -> None:
+    """All ranks: write a .nemo at `path`, with `artifacts` (file name -> text) readable inside the archive."""
+    partial = path.with_name(path.name + ".partial")
+    policy.model.save_to(str(partial))
+    torch.distributed.barrier()
+    if is_main:
+        with tarfile.open(partial, "a:") as archive:
+            for name, text in artifacts.items():
+                data = text.encode()
+                member = tarfile.TarInfo(f"./{name}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        partial.replace(path)
+    torch.distributed.barrier()
+
+
+def data_parallel_size(config: TrainConfig) -> int:
+    """Ranks of the job over ranks of one model. Raises ConfigError where they do not divide."""
+    ranks = config.trainer["devices"] * config.trainer.get("num_nodes", 1)
+    model_parallel = config.model["tensor_model_parallel_size"] * config.model["pipeline_model_parallel_size"]
+    if ranks % model_parallel:
+        raise ConfigError(
+            f"trainer.devices * trainer.num_nodes = {ranks} is not a multiple of "
+            f"model.tensor_model_parallel_size * model.pipeline_model_parallel_size = {model_parallel}."
+        )
+    return ranks // model_parallel
+
+
+def _exp_manager(config: TrainConfig) -> dict[str, Any]:
+    """Loggers only: checkpoints and resume are ours, nothing is parsed from a file name."""
+    return {
+        "exp_dir": None,
+        "explicit_log_dir": str(Path(config.run_dir).resolve()),
+        "create_checkpoint_callback": False,
+        "resume_if_exists": False,
+        "log_step_timing": False,
+        "log_tflops_per_sec_per_gpu": False,
+        **config.exp_manager,
+    }
+
+
+def _model(config: TrainConfig, total_updates: int) -> DictConfig:
+    """`model` with what follows from the other sections filled in, in the names that NeMo-Aligner reads."""
+    rollout, loop = config.rollout, config.loop
+    model = OmegaConf.create(dict(config.model))
+    with open_dict(model):
+        model.merge_with(OmegaConf.create(model_overrides()))
+        data_parallel = data_parallel_size(config)
+        rows = loop.prompts_per_step * loop.rollouts_per_prompt // config.algorithm.num_updates
+        if rows % data_parallel:
+            raise ConfigError(
+                f"trainer.lrpo.prompts_per_step * rollouts_per_prompt / algorithm.num_updates = {rows} rollouts per "
+                f"update do not divide over {data_parallel} data-parallel ranks."
+            )
+        unit = model.micro_batch_size * data_parallel
+        model.global_batch_size = -(-rows // unit) * unit
+        model.reinforce = {
+            "rollout_micro_batch_size": rollout.micro_batch_size,
+            "forward_micro_batch_size": config.actor.logprob_micro_batch_size,
+            "offload_adam_states": False,
+            "length_params": {"max_length": rollout.max_new_tokens, "min_length": rollout.min_new_tokens},
+            "sampling_params": {
+                "use_greedy": False,
+                "temperature": rollout.temperature,
+                "top_k": rollout.top_k,
+                "top_p": rollout.top_p,
+                "repetition_penalty": 1.0,
+                "add_BOS": False,
+                "all_probs": False,
+                "compute_logprob": False,
+                "end_strings": list(rollout.end_strings),
+            },
+            "trt_llm": {
+                "enable": rollout.backend == "trt_llm",
+                "model_type": rollout.trt_llm.model_type,
+                "max_input_len": rollout.trt_llm.max_input_len,
+                "unload_engine_train": rollout.trt_llm.unload_engine_train,
+                "reshard": rollout.trt_llm.reshard,
+                "seed": config.seed,
+            },
+        }
+        model.setdefault("data", {})
+        model.data.setdefault("dataloader_type", "single")
+        schedule = model.optim.get("sched")
+        if schedule is not None and schedule.get("max_steps") is None:
+            schedule.max_steps = total_updates
+    return model

@@ -1,0 +1,1 @@
+"""The maths of the policy update: pure functions of tensors, no collectives."""

@@ -1,0 +1,1 @@
+"""Configuration: schema, loader and checks. Imports neither torch nor NeMo."""

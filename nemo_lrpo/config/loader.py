@@ -1,0 +1,129 @@
+"""From a composed YAML tree to checked dataclasses; every refusal names the key and what is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from nemo_lrpo.config.checks import ConfigError, unknown_key_message
+from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.config.training import LoopConfig
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
+"""The shipped YAML files."""
+
+_OPEN_SECTIONS = ("trainer", "model", "exp_manager")
+
+T = TypeVar("T")
+
+
+def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The shipped configuration `conf/<name>.yaml` with command-line style overrides applied."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(version_base=None, config_dir=str(CONFIG_DIR)):
+        return hydra_compose(config_name=name, overrides=list(overrides))
+
+
+def to_dataclass(schema: type[T], node: Mapping[str, Any] | DictConfig | None, key: str = "") -> T:
+    """`node` as an instance of the dataclass `schema`.
+
+    Raises ConfigError for an unknown key (nearest known names given), a value of the wrong type or a mandatory value
+    left at `???`. Values are not checked for meaning here: `schema.check` does that.
+    """
+    tree = OmegaConf.create({}) if node is None else node
+    if not isinstance(tree, DictConfig):
+        tree = OmegaConf.create(dict(tree))
+    _refuse_unknown(schema, tree, key)
+    _refuse_missing(tree, key)
+    try:
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree)))
+    except OmegaConfBaseException as error:
+        where = ".".join(part for part in (key, error.full_key) if part)
+        raise ConfigError(f"{where}: {error.msg.splitlines()[0] if error.msg else error}.") from error
+
+
+def load_train_config(tree: DictConfig) -> TrainConfig:
+    """The training configuration, typed and checked. Raises ConfigError before any work starts."""
+    try:
+        OmegaConf.resolve(tree)
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{error.full_key}: {error.msg}.") from error
+    sections = {str(name): tree._get_node(name) for name in tree}
+    trainer = OmegaConf.create(OmegaConf.to_container(tree.get("trainer") or OmegaConf.create({})))
+    _refuse_missing(tree, "")
+    closed = {field.name: field for field in dataclasses.fields(TrainConfig) if field.name != "loop"}
+    for name in sections:
+        if name not in closed:
+            raise ConfigError(unknown_key_message(name, closed, "configuration"))
+    loop = to_dataclass(LoopConfig, trainer.pop("lrpo", None), "trainer.lrpo")
+    hints = typing.get_type_hints(TrainConfig)
+    values: dict[str, Any] = {"loop": loop}
+    for name in closed:
+        if name not in sections:
+            continue
+        if name in _OPEN_SECTIONS:
+            node = trainer if name == "trainer" else sections[name]
+            values[name] = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = to_dataclass(hints[name], typing.cast(DictConfig, sections[name]), name)
+        else:
+            values[name] = tree[name]
+    config = TrainConfig(**values)
+    check_train_config(config)
+    return config
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Check every section, then the rules that span sections."""
+    for name in ("data", "prompt", "router", "rollout", "reward", "algorithm", "actor"):
+        getattr(config, name).check(name)
+    config.loop.check("trainer.lrpo")
+    path = config.pretrained_checkpoint.restore_from_path
+    if not path or not Path(path).exists():
+        raise ConfigError(
+            f"pretrained_checkpoint.restore_from_path={path!r}: no such file or directory; give a .nemo "
+            "(tools/hf_to_nemo.py makes one from a Hugging Face directory)."
+        )
+    if config.router.reserved_slots > config.loop.rollouts_per_prompt:
+        raise ConfigError(
+            f"router.reserved_slots={config.router.reserved_slots} exceeds "
+            f"trainer.lrpo.rollouts_per_prompt={config.loop.rollouts_per_prompt}; a group has only that many slots."
+        )
+    rows = config.loop.prompts_per_step * config.loop.rollouts_per_prompt
+    if config.loop.prompts_per_step % config.algorithm.num_updates:
+        raise ConfigError(
+            f"algorithm.num_updates={config.algorithm.num_updates} must divide "
+            f"trainer.lrpo.prompts_per_step={config.loop.prompts_per_step} (a step has {rows} rollouts; a group is "
+            "never split over two updates)."
+        )
+    if str(config.trainer.get("precision")) in {"16", "16-mixed", "fp16"}:
+        raise ConfigError("trainer.precision: fp16 is not supported; accepted: bf16, bf16-mixed, 32.")
+    for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
+        if config.model.get(name) not in (None, 1):
+            raise ConfigError(f"model.{name}={config.model[name]!r} is not supported; accepted: 1.")
+
+
+def _refuse_unknown(schema: Any, node: DictConfig, key: str) -> None:
+    hints = typing.get_type_hints(schema)
+    for name in node:
+        where = f"{key}.{name}" if key else str(name)
+        if name not in hints:
+            raise ConfigError(unknown_key_message(str(name), hints, key or "configuration"))
+        child = node._get_node(name)
+        if dataclasses.is_dataclass(hints[name]) and isinstance(child, DictConfig) and not child._is_missing():
+            _refuse_unknown(hints[name], child, where)
+
+
+def _refuse_missing(node: DictConfig, key: str) -> None:
+    missing = sorted(OmegaConf.missing_keys(node))
+    if missing:
+        names = [f"{key}.{name}" if key else name for name in missing]
+        raise ConfigError(f"not set: {', '.join(names)}. Pass each as key=value on the command line.")

@@ -1,0 +1,118 @@
+"""Sections of the training configuration that belong to the loop: steps, rollouts, actor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Optional
+
+from nemo_lrpo.config.checks import ConfigError, check_choice, check_range
+
+
+@dataclass
+class LoopConfig:
+    """`trainer.lrpo`: how many steps, of what size, and what happens between them."""
+
+    max_steps: int = -1
+    """Training stops after this many steps in all, resumed ones counted; -1: only `max_epochs` ends it."""
+    max_epochs: int = 1
+    """Passes over the training questions."""
+    prompts_per_step: int = 256
+    """Questions per step; the step generates prompts_per_step * rollouts_per_prompt answers."""
+    rollouts_per_prompt: int = 8
+    """K, the size of a group."""
+    val_check_interval: int = 20
+    """Validate every so many steps and after the last one; 0: never."""
+    val_at_start: bool = False
+    """Validate once before the first step as well."""
+    val_prompts: int = 512
+    """At most so many validation questions (the first of the file, in file order); 0: all."""
+    val_temperature: float = 0.0
+    """Sampling temperature of validation answers; 0 is greedy."""
+    save_interval: int = 20
+    """Save a checkpoint every so many steps and after the last one; 0: only after the last one."""
+    keep_checkpoints: int = 2
+    """Completed checkpoints kept, the newest ones; 0 keeps all."""
+    log_samples: int = 8
+    """Rollouts written as text to rollouts.jsonl at every step."""
+    export_nemo: bool = True
+    """Write `<run_dir>/model.nemo` after the last step."""
+
+    def check(self, key: str) -> None:
+        check_range(f"{key}.max_steps", self.max_steps, at_least=-1)
+        check_range(f"{key}.max_epochs", self.max_epochs, at_least=1)
+        check_range(f"{key}.prompts_per_step", self.prompts_per_step, at_least=1)
+        check_range(f"{key}.rollouts_per_prompt", self.rollouts_per_prompt, at_least=1)
+        check_range(f"{key}.val_temperature", self.val_temperature, at_least=0.0)
+        for name in ("val_check_interval", "val_prompts", "save_interval", "keep_checkpoints", "log_samples"):
+            check_range(f"{key}.{name}", getattr(self, name), at_least=0)
+        if self.max_steps == 0:
+            raise ConfigError(f"{key}.max_steps=0 trains nothing; give a positive number, or -1 for no limit.")
+
+
+@dataclass
+class TensorRTConfig:
+    """`rollout.trt_llm`: used when rollout.backend is trt_llm."""
+
+    model_type: str = "llama"
+    """Architecture name as nemo.export knows it (llama, qwen2, gemma, ...)."""
+    max_input_len: int = 512
+    """Longest prompt, in tokens, that the engine is built for."""
+    unload_engine_train: bool = False
+    """Free the engine while the policy trains; saves memory, costs a reload per step."""
+    reshard: bool = False
+    """Generate with pipeline parallelism folded into data parallelism."""
+
+    def check(self, key: str) -> None:
+        check_range(f"{key}.max_input_len", self.max_input_len, at_least=1)
+
+
+@dataclass
+class RolloutConfig:
+    """`rollout`: how answers are sampled from the policy."""
+
+    backend: str = "megatron"
+    """megatron: NeMo's own generation; trt_llm: NeMo-Aligner's TensorRT-LLM engine (needs a GPU)."""
+    micro_batch_size: int = 16
+    """Answers generated at once on one data-parallel rank."""
+    temperature: float = 1.0
+    """The policy is softmax(logits / temperature), in sampling and in log-probs alike."""
+    top_k: int = 0
+    """Sample among the k most probable tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the most probable tokens that hold this probability; 1: all."""
+    max_new_tokens: int = 1024
+    """Budget of a response, in tokens; one that has not ended by then is masked in the update."""
+    min_new_tokens: int = 1
+    """The end token has no probability before this many response tokens."""
+    end_strings: List[str] = field(default_factory=list)
+    """Strings that end a response besides the tokenizer's end token."""
+    trt_llm: TensorRTConfig = field(default_factory=TensorRTConfig)
+
+    def check(self, key: str) -> None:
+        check_choice(f"{key}.backend", self.backend, ("megatron", "trt_llm"))
+        check_range(f"{key}.micro_batch_size", self.micro_batch_size, at_least=1)
+        check_range(f"{key}.temperature", self.temperature, above=0.0)
+        check_range(f"{key}.top_k", self.top_k, at_least=0)
+        check_range(f"{key}.top_p", self.top_p, above=0.0, at_most=1.0)
+        check_range(f"{key}.max_new_tokens", self.max_new_tokens, at_least=1)
+        check_range(f"{key}.min_new_tokens", self.min_new_tokens, at_least=0, at_most=self.max_new_tokens)
+        self.trt_llm.check(f"{key}.trt_llm")
+
+
+@dataclass
+class ActorConfig:
+    """`actor`: passes over the policy besides the update itself."""
+
+    logprob_micro_batch_size: int = 16
+    """Sequences per forward pass when log-probs are computed without gradient."""
+
+    def check(self, key: str) -> None:
+        check_range(f"{key}.logprob_micro_batch_size", self.logprob_micro_batch_size, at_least=1)
+
+
+@dataclass
+class PretrainedConfig:
+    """`pretrained_checkpoint`: where the policy and the reference policy start."""
+
+    restore_from_path: Optional[str] = None
+    """The base model, a .nemo file or an extracted .nemo directory."""

@@ -1,0 +1,50 @@
+"""Megatron-Core's distributed checkpoint writer against a later torch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing
+from torch.distributed.checkpoint import filesystem
+
+from nemo_lrpo.cpu.replacement import Replacement
+
+_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+
+
+def _make_write_item(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The four arguments that Megatron-Core passes, for a torch that wants stream transforms and a format too."""
+    if "serialization_format" not in inspect.signature(original).parameters:
+        return original
+    transforms = filesystem._StorageWriterTransforms()
+
+    @functools.wraps(original)
+    def write_item(stream: Any, data: Any, item: Any, storage_key: str) -> Any:
+        return original(transforms, stream, data, item, storage_key, filesystem.SerializationFormat.TORCH_SAVE)
+
+    return write_item
+
+
+def _make_results_queue(original: Callable[[], Any]) -> Callable[[], Any]:
+    @functools.cache
+    def results_queue() -> Any:
+        """One queue per process, in a forked manager.
+
+        Megatron-Core spawns the manager because CUDA does not survive a fork. Spawning imports the whole stack once
+        more, which takes several seconds on every rank at its first save.
+        """
+        return torch.multiprocessing.get_context("fork").Manager().Queue()
+
+    return results_queue
+
+
+REPLACEMENTS: tuple[Replacement, ...] = (
+    Replacement(f"{_WRITER}._write_item", "torch 2.8 added arguments to its private function", _make_write_item),
+)
+
+CPU_REPLACEMENTS: tuple[Replacement, ...] = (
+    Replacement(f"{_WRITER}._get_write_results_queue", "without CUDA a fork is safe and quick", _make_results_queue),
+)

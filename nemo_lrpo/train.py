@@ -1,0 +1,123 @@
+"""Train a policy with LRPO.
+
+    python -m nemo_lrpo.train pretrained_checkpoint.restore_from_path=base.nemo data.train=train.parquet \\
+        reward.endpoint_file=reward.json run_dir=results/run
+
+One process per GPU: start it with srun or torchrun, or plainly for a single one. A run_dir that holds a checkpoint is
+continued. `--help` prints the whole configuration.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_lrpo.config.checks import ConfigError
+from nemo_lrpo.config.loader import CONFIG_DIR, load_train_config
+from nemo_lrpo.config.schema import TrainConfig
+
+
+def run(config: TrainConfig) -> None:
+    """Put the rooms together and train. Every refusal comes before the model is loaded."""
+    from nemo_lrpo.actor.platform import ensure_platform
+
+    ensure_platform()
+    from nemo_lrpo.actor.actor import MegatronActor
+    from nemo_lrpo.actor.setup import build_policy, check_nemo_sections, data_parallel_size
+    from nemo_lrpo.actor.tokenizer import open_tokenizer
+    from nemo_lrpo.data.prompts import PromptRenderer
+    from nemo_lrpo.data.reader import contexts, read_prompts
+    from nemo_lrpo.data.sampler import PromptSampler
+    from nemo_lrpo.router import build_router
+    from nemo_lrpo.serving.client import RewardClient
+    from nemo_lrpo.training.checkpoint import CheckpointStore
+    from nemo_lrpo.training.trainer import LrpoTrainer, check_resumable
+
+    check_nemo_sections(config)
+    loop = config.loop
+    train = read_prompts(config.data.train, config.data.languages)
+    validation = read_prompts(config.data.validation, config.data.languages) if config.data.validation else []
+    validation = validation[: loop.val_prompts] if loop.val_prompts else validation
+    renderer = PromptRenderer(open_tokenizer(config.pretrained_checkpoint.restore_from_path), config.prompt)
+    train = renderer.fitting(train, config.data.languages)
+    validation = renderer.fitting(validation, config.data.languages)
+    sampler = PromptSampler(train, loop.prompts_per_step, config.seed, shuffle=config.data.shuffle)
+    topics, regions = contexts(train)
+    router = build_router(config.router, config.data.languages, topics, regions, config.seed)
+    total_steps = planned_steps(config, len(train))
+
+    checkpoint = CheckpointStore(Path(config.run_dir) / "checkpoints", loop.keep_checkpoints).latest()
+    if checkpoint is not None:
+        check_resumable(checkpoint, config.seed, router.languages)
+    rewards = RewardClient(config.reward)
+    rewards.check_server(config.data.languages)
+    policy = build_policy(
+        config,
+        total_updates=total_steps * config.algorithm.num_updates,
+        resume_from=None if checkpoint is None else checkpoint.shards,
+    )
+    actor = MegatronActor(policy, config)
+    trainer = LrpoTrainer(
+        config,
+        actor=actor,
+        router=router,
+        sampler=sampler,
+        renderer=renderer,
+        rewards=rewards,
+        validation=validation,
+        log=lambda metrics, step: policy.logger.log_metrics(dict(metrics), step),
+        total_steps=total_steps,
+        layout={
+            "tensor": config.model["tensor_model_parallel_size"],
+            "pipeline": config.model["pipeline_model_parallel_size"],
+            "data": data_parallel_size(config),
+        },
+    )
+    if checkpoint is not None:
+        trainer.load_state_dict(checkpoint)
+        if actor.is_main:
+            print(f"continuing after step {checkpoint.state['step']} from {checkpoint.path}", flush=True)
+    trainer.fit()
+    if loop.export_nemo:
+        trainer.export(Path(config.run_dir) / "model.nemo")
+    policy.logger.finalize()
+    rewards.close()
+
+
+def planned_steps(config: TrainConfig, questions: int) -> int:
+    """Steps of the whole run, resumed ones counted: `max_epochs` over the questions, cut at `max_steps`."""
+    loop = config.loop
+    if loop.prompts_per_step > questions:
+        raise ConfigError(
+            f"trainer.lrpo.prompts_per_step={loop.prompts_per_step} exceeds the {questions} questions of data.train."
+        )
+    steps = math.ceil(loop.max_epochs * questions / loop.prompts_per_step)
+    return steps if loop.max_steps < 0 else min(steps, loop.max_steps)
+
+
+@hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name="train")
+def main(tree: DictConfig) -> None:
+    """Entry point: one readable line for what the user can mend, a traceback for what they cannot."""
+    from nemo_lrpo.data.errors import DataError
+    from nemo_lrpo.serving.errors import RewardError
+    from nemo_lrpo.training.checkpoint import CheckpointError
+
+    try:
+        config = load_train_config(tree)
+        run(config)
+    except (ConfigError, DataError, RewardError, CheckpointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def write_resolved(config: DictConfig, path: Path) -> None:
+    """Keep the configuration that a run was started with beside its logs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(config, resolve=True))
+
+
+if __name__ == "__main__":
+    main()

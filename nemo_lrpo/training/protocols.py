@@ -1,0 +1,71 @@
+"""What the training loop asks of the rooms it does not import: the actor and the reward service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from nemo_lrpo.types import Rollouts, Score, ScoreRequest, TaggedPrompt, TrainingBatch
+
+
+class Actor(Protocol):
+    """The policy, its reference and the collectives over all ranks.
+
+    Every method is collective: all ranks call it with the same arguments (but for `local`) and get the same result.
+    """
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files."""
+
+    def generate(
+        self,
+        prompts: Sequence[TaggedPrompt],
+        seeds: Sequence[int],
+        on_finished: Callable[[Rollouts], None],
+        temperature: float | None = None,
+    ) -> Rollouts:
+        """Answer every prompt, seeds [N] 64-bit. Returns all N rollouts in prompt order, without texts.
+
+        `on_finished` gets every micro batch as soon as it is decoded, on the one rank that answers for it.
+        `temperature` replaces the configured one; 0 is greedy.
+        """
+
+    def reference_logprobs(self, batch: TrainingBatch) -> None:
+        """Compute and keep the initial policy's log-probs of this rank's share, for the next `update`."""
+
+    def update(self, batch: TrainingBatch) -> dict[str, float]:
+        """One pass over the batch: loss, backward, finite check, clip, optimizer, schedule. Returns metrics."""
+
+    def join_scores(self, sample_ids: Sequence[str], local: Mapping[str, Score]) -> dict[str, Score]:
+        """The union of what the ranks know of `sample_ids`, on every rank."""
+
+    def agree(self, error: BaseException | None) -> None:
+        """Raise on every rank if any rank brings an error: the own one where there is one, else a PeerError."""
+
+    def decode(self, rollouts: Rollouts, rows: Sequence[int]) -> list[str]:
+        """Responses of the given rows as text, special tokens dropped."""
+
+    def save_shards(self, directory: Path) -> None:
+        """Write model and optimizer shards and the learning rate schedule under `directory`."""
+
+    def export(self, path: Path, artifacts: Mapping[str, str]) -> None:
+        """Write a .nemo that carries `artifacts` (file name -> text)."""
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+
+class PendingScores(Protocol):
+    def result(self) -> dict[str, Score]:
+        """Scores by sample id; ids without a valid reply are absent. Raises RewardError past the deadline."""
+
+
+class RewardService(Protocol):
+    def submit(self, requests: Sequence[ScoreRequest]) -> PendingScores:
+        """Start scoring; returns at once."""
+
+
+Logger = Callable[[Mapping[str, float], int], None]
+"""Takes scalar metrics and the step they belong to."""

@@ -1,0 +1,77 @@
+"""Rewards on their way: submitted while rollouts are still generated, joined by sample id when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from nemo_lrpo.training.protocols import Actor, PendingScores, RewardService
+from nemo_lrpo.types import Rollouts, RoutedPrompt, Score, ScoreRequest
+
+
+class MissingRewardsError(RuntimeError):
+    """More rewards are missing than `reward.max_missing_share` allows."""
+
+
+class ScoreCollector:
+    """The rewards of one step. `submit` is called on the rank that decoded a batch, `join` on all ranks."""
+
+    def __init__(self, service: RewardService, plan: Sequence[RoutedPrompt]):
+        self._service = service
+        self._plan = {routed.sample_id: routed for routed in plan}
+        self._pending: list[PendingScores] = []
+        self._error: Exception | None = None
+
+    def submit(self, rollouts: Rollouts) -> None:
+        """Send a finished batch to the reward server; returns at once.
+
+        An error is kept for `join`: raised here, on one rank, it would leave the others waiting in a collective.
+        """
+        requests = []
+        for sample_id, text in zip(rollouts.sample_ids, rollouts.texts, strict=True):
+            routed = self._plan[sample_id]
+            requests.append(
+                ScoreRequest(
+                    sample_id=sample_id,
+                    response=text,
+                    reference=routed.prompt.reference,
+                    reference_language=routed.prompt.reference_language,
+                    language=routed.language,
+                )
+            )
+        try:
+            self._pending.append(self._service.submit(requests))
+        except Exception as error:
+            self._error = self._error or error
+
+    def join(self, actor: Actor, max_missing_share: float) -> dict[str, Score]:
+        """All ranks: the step's scores by sample id; samples without a valid reply are absent.
+
+        Raises the reward client's error, or MissingRewardsError, on every rank.
+        """
+        local: dict[str, Score] = {}
+        try:
+            if self._error:
+                raise self._error
+            for pending in self._pending:
+                local.update(pending.result())
+        except Exception as error:
+            self._error = error
+        actor.agree(self._error)
+        scores = actor.join_scores(list(self._plan), local)
+        refuse_if_missing(scores, self._plan, max_missing_share)
+        return scores
+
+
+def refuse_if_missing(scores: Mapping[str, Score], plan: Mapping[str, RoutedPrompt], max_missing_share: float) -> None:
+    """Raise MissingRewardsError, counts by language included, if too many samples have no reward."""
+    missing = [routed for sample_id, routed in plan.items() if sample_id not in scores]
+    if len(missing) <= max_missing_share * len(plan):
+        return
+    by_language: dict[str, int] = {}
+    for routed in missing:
+        by_language[routed.language] = by_language.get(routed.language, 0) + 1
+    counts = ", ".join(f"{language}: {count}" for language, count in sorted(by_language.items()))
+    raise MissingRewardsError(
+        f"{len(missing)} of {len(plan)} rewards are missing ({counts}), more than reward.max_missing_share="
+        f"{max_missing_share}; see the reward server's log."
+    )

@@ -1,0 +1,298 @@
+"""The training loop. `LrpoTrainer.step` is the method, top to bottom; everything distributed is behind the actor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from nemo_lrpo.algorithms.advantages import GroupStatistics, group_advantages
+from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.data.prompts import PromptRenderer
+from nemo_lrpo.data.sampler import PromptSampler
+from nemo_lrpo.router.base import LanguageRouter
+from nemo_lrpo.seeding import derive_seed
+from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from nemo_lrpo.training.evaluation import evaluate
+from nemo_lrpo.training.metrics import JsonLines, Timer, rollout_metrics, sample_record
+from nemo_lrpo.training.protocols import Actor, Logger, RewardService
+from nemo_lrpo.training.scoring import ScoreCollector
+from nemo_lrpo.types import Observation, Prompt, Rollouts, RoutedPrompt, Score, TrainingBatch
+
+
+@dataclass
+class StepRecord:
+    """What a step leaves for the logs; arrays are in plan order."""
+
+    plan: list[RoutedPrompt]
+    rollouts: Rollouts
+    scores: dict[str, Score]
+    advantages: list[float]
+    metrics: dict[str, float]
+
+
+class LrpoTrainer:
+    """Runs the steps between checkpoints; the same object on every rank, with the same decisions on all of them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        actor: Actor,
+        router: LanguageRouter,
+        sampler: PromptSampler,
+        renderer: PromptRenderer,
+        rewards: RewardService,
+        validation: Sequence[Prompt],
+        log: Logger,
+        total_steps: int,
+        layout: Mapping[str, int],
+    ):
+        self._config = config
+        self._actor = actor
+        self._router = router
+        self._sampler = sampler
+        self._renderer = renderer
+        self._rewards = rewards
+        self._validation = validation
+        self._log = log
+        self._total_steps = total_steps
+        self._layout = dict(layout)
+        self._store = CheckpointStore(Path(config.run_dir) / "checkpoints", config.loop.keep_checkpoints)
+        self._timer = Timer()
+        self._step = 0
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepRecord:
+        """One step of LRPO.
+
+        questions -> router: a language per rollout -> policy: K answers per question, scored as they are finished
+        -> group advantages over all languages of a question -> GRPO update -> router learns what paid.
+        """
+        config, time = self._config, self._timer
+        with time("route"):
+            prompts = self._sampler.next()
+            plan = self._router.route(prompts, config.loop.rollouts_per_prompt, self._step)
+            tagged = [self._renderer.render(routed) for routed in plan]
+        with time("generate"):
+            scoring = ScoreCollector(self._rewards, plan)
+            rollouts = self._actor.generate(tagged, self._seeds(plan), on_finished=scoring.submit)
+        batch = TrainingBatch(
+            tokens=rollouts.tokens,
+            prompt_lengths=rollouts.prompt_lengths,
+            lengths=rollouts.lengths,
+            advantages=torch.zeros(len(plan)),
+            use=rollouts.ended & rollouts.valid,
+        )
+        with time("reference"):
+            self._actor.reference_logprobs(batch)
+        with time("score_wait"):
+            scores = scoring.join(self._actor, config.reward.max_missing_share)
+        groups = self._advantages(batch, plan, scores)
+        with time("update"):
+            metrics = self._update(batch, plan)
+        with time("observe"):
+            self._router.observe(observations(plan, scores))
+        self._step += 1
+        return self._record(plan, rollouts, scores, batch, groups, metrics)
+
+    def _seeds(self, plan: Sequence[RoutedPrompt]) -> list[int]:
+        return [derive_seed("rollout", self._config.seed, r.step, r.prompt.question_id, r.slot) for r in plan]
+
+    def _advantages(
+        self, batch: TrainingBatch, plan: Sequence[RoutedPrompt], scores: Mapping[str, Score]
+    ) -> GroupStatistics:
+        """Fill in advantages over the K rollouts of each question; samples without a reward leave the update."""
+        algorithm = self._config.algorithm
+        groups: dict[str, int] = {}
+        index = torch.tensor([groups.setdefault(routed.group_id, len(groups)) for routed in plan])
+        rewards = torch.tensor([scores[r.sample_id].reward if r.sample_id in scores else torch.nan for r in plan])
+        batch.use = batch.use & torch.tensor([routed.sample_id in scores for routed in plan])
+        batch.advantages, statistics = group_advantages(
+            rewards, index, batch.use, scaling=algorithm.advantage_scaling, eps=algorithm.advantage_eps
+        )
+        return statistics
+
+    def _update(self, batch: TrainingBatch, plan: Sequence[RoutedPrompt]) -> dict[str, float]:
+        """Update the policy; on failure leave the batch behind for replay."""
+        try:
+            return self._actor.update(batch)
+        except ArithmeticError as error:
+            if self._actor.is_main:
+                path = Path(self._config.run_dir) / "failed" / f"step_{self._step:08d}.safetensors"
+                dump_batch(path, batch, [routed.sample_id for routed in plan], str(error))
+                raise ArithmeticError(f"step {self._step}: {error} The batch is in {path}.") from error
+            raise
+
+    def _record(
+        self,
+        plan: list[RoutedPrompt],
+        rollouts: Rollouts,
+        scores: dict[str, Score],
+        batch: TrainingBatch,
+        groups: GroupStatistics,
+        metrics: dict[str, float],
+    ) -> StepRecord:
+        values = rollout_metrics(plan, rollouts, scores)
+        values.update({f"policy/{name}": value for name, value in metrics.items()})
+        values.update({f"router/{name}": value for name, value in self._router.metrics().items()})
+        values["policy/masked"] = float((~batch.use).sum())
+        values["groups/zero_variance"] = float(groups.zero_variance.sum())
+        values["groups/undersized"] = float(groups.undersized.sum())
+        values["groups/reward_std"] = float(groups.std.mean())
+        values["epoch"] = float(self._sampler.epoch)
+        values.update(self._timer.take())
+        values["time/step"] = sum(seconds for name, seconds in values.items() if name.startswith("time/"))
+        return StepRecord(plan, rollouts, scores, batch.advantages.tolist(), values)
+
+    # -- the loop around it --------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train until the configured number of steps, with validation, logs and checkpoints between them."""
+        loop, run_dir = self._config.loop, Path(self._config.run_dir)
+        resume_step = self._step if self._step else None
+        main = self._actor.is_main
+        log = JsonLines(run_dir / "metrics.jsonl", resume_step) if main else None
+        samples = JsonLines(run_dir / "rollouts.jsonl", resume_step) if main else None
+        bar = tqdm(total=self._total_steps, initial=self._step, desc="train", unit="step", disable=not main)
+        if loop.val_at_start and self._step == 0 and self._validation:
+            self._validate(log)
+        while self._step < self._total_steps:
+            record = self.step()
+            done = self._step == self._total_steps
+            if log is not None and samples is not None:
+                log.write({"kind": "train", "step": self._step, **record.metrics})
+                self._log({f"train/{name}": value for name, value in record.metrics.items()}, self._step)
+                self._write_samples(samples, record)
+                bar.set_postfix(
+                    reward=f"{record.metrics.get('reward', float('nan')):.3f}",
+                    gate=f"{record.metrics.get('gate', float('nan')):.2f}",
+                    seconds=f"{record.metrics['time/step']:.1f}",
+                )
+            bar.update()
+            if self._validation and _due(self._step, loop.val_check_interval, done):
+                self._validate(log)
+            if _due(self._step, loop.save_interval, done) or done:
+                self.save()
+        bar.close()
+        for file in (log, samples):
+            if file is not None:
+                file.close()
+
+    def _validate(self, log: JsonLines | None) -> None:
+        result = evaluate(
+            self._actor,
+            self._rewards,
+            self._renderer,
+            self._validation,
+            seed=self._config.seed,
+            temperature=self._config.loop.val_temperature,
+            max_missing_share=self._config.reward.max_missing_share,
+        )
+        if log is not None:
+            log.write({"kind": "validation", "step": self._step, **result.metrics})
+            self._log({f"validation/{name}": value for name, value in result.metrics.items()}, self._step)
+
+    def _write_samples(self, file: JsonLines, record: StepRecord) -> None:
+        count = min(self._config.loop.log_samples, len(record.plan))
+        # Spread over the step, so that several questions and slots are seen.
+        rows = sorted({index * len(record.plan) // count for index in range(count)}) if count else []
+        for row, text in zip(rows, self._actor.decode(record.rollouts, rows), strict=True):
+            routed = record.plan[row]
+            file.write(
+                {
+                    "step": self._step,
+                    **sample_record(
+                        routed,
+                        text,
+                        bool(record.rollouts.ended[row]),
+                        record.scores.get(routed.sample_id),
+                        record.advantages[row],
+                    ),
+                }
+            )
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything besides shards that the next step depends on."""
+        return {
+            "step": self._step,
+            "updates": self._step * self._config.algorithm.num_updates,
+            "seed": self._config.seed,
+            "data": self._sampler.state_dict(),
+            "router": self._router.state_dict(),
+            "languages": list(self._router.languages),
+            "layout": self._layout,
+        }
+
+    def save(self) -> Path:
+        """All ranks: write a checkpoint of this moment."""
+        return self._store.save(self._actor, self.state_dict())
+
+    def load_state_dict(self, checkpoint: Checkpoint) -> None:
+        """Continue where `checkpoint` stopped. Raises CheckpointError if it belongs to another run."""
+        state = checkpoint.state
+        check_resumable(checkpoint, self._config.seed, self._router.languages)
+        try:
+            self._sampler.load_state_dict(state["data"])
+            self._router.load_state_dict(state["router"])
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+        self._step = state["step"]
+
+
+def check_resumable(checkpoint: Checkpoint, seed: int, languages: Sequence[str]) -> None:
+    """Raise CheckpointError unless the checkpoint has this run's seed and languages."""
+    state = checkpoint.state
+    if state["languages"] != list(languages):
+        raise CheckpointError(
+            f"{checkpoint.path}: saved for languages {', '.join(state['languages'])}; this run has "
+            f"{', '.join(languages)}. Continue with the saved ones, or start in another run_dir."
+        )
+    if state["seed"] != seed:
+        raise CheckpointError(
+            f"{checkpoint.path}: saved with seed={state['seed']}, this run has seed={seed}; the same plan and samples "
+            "need the same seed."
+        )
+
+
+def observations(plan: Sequence[RoutedPrompt], scores: Mapping[str, Score]) -> list[Observation]:
+    """What the router may learn from: the rollouts that have a reward."""
+    return [
+        Observation(
+            sample_id=routed.sample_id,
+            topics=routed.prompt.topics,
+            regions=routed.prompt.regions,
+            language=routed.language,
+            origin=routed.origin,
+            reward=scores[routed.sample_id].reward,
+        )
+        for routed in plan
+        if routed.sample_id in scores
+    ]
+
+
+def dump_batch(path: Path, batch: TrainingBatch, sample_ids: Sequence[str], reason: str) -> None:
+    """Write a batch with its sample ids as safetensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "tokens": batch.tokens.contiguous(),
+        "prompt_lengths": batch.prompt_lengths,
+        "lengths": batch.lengths,
+        "advantages": batch.advantages,
+        "use": batch.use,
+    }
+    save_file(tensors, path, metadata={"sample_ids": json.dumps(list(sample_ids)), "reason": reason})
+
+
+def _due(step: int, interval: int, done: bool) -> bool:
+    """After every `interval` steps and after the last; never with interval 0."""
+    return interval > 0 and (done or step % interval == 0)

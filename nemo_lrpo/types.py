@@ -1,0 +1,165 @@
+"""What travels between the rooms of one training step.
+
+The carriers of one step, in order, for a question `q7` asked in German with K=3 rollouts::
+
+    Prompt(question_id="q7", question="Was ist die Währung von Japan?", language="de", ...)
+      -> 3 x RoutedPrompt(prompt=q7, step=12, slot=0..2, language="de" | "ja" | "en", ...)   router.route
+      -> 3 x TaggedPrompt(routed=..., token_ids=(...))                                       data.tag
+      -> Rollouts(sample_ids=("12/q7/0", "12/q7/1", "12/q7/2"), tokens=[3, S], ...)          actor.generate
+      -> 3 x ScoreRequest(sample_id="12/q7/1", response="...", ...)                          to the reward server
+      -> 3 x Score(sample_id="12/q7/1", reward=0.93, ...)                                    joined by sample id
+      -> TrainingBatch(tokens=[3, S], advantages=[3], ...)                                   actor.update
+      -> 3 x Observation(topics=..., regions=..., language="ja", reward=0.93, ...)           router.observe
+
+This module imports neither torch nor NumPy, so that configuration, routing and the wire schema stay light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+ORIGIN_RESERVED = "reserved"
+"""The slot belongs to the question's own language (one of the K_on)."""
+ORIGIN_FIXED = "fixed"
+"""The row or its topic (translation) leaves no choice of language."""
+ORIGIN_DRAWN = "drawn"
+"""The router drew the language."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question of the data set.
+
+    `language` is the ISO 639-1 code of the question (l_x); `reference` is the reference answer, written in
+    `reference_language`; `topics` has at least one entry, `regions` may be empty. `fixed_language`, where given, is
+    the language of every rollout of this question.
+    """
+
+    question_id: str
+    question: str
+    reference: str
+    language: str
+    reference_language: str
+    topics: tuple[str, ...]
+    regions: tuple[str, ...] = ()
+    fixed_language: str | None = None
+
+
+@dataclass(frozen=True)
+class RoutedPrompt:
+    """One rollout-to-be: a question, its slot in the group and the language that the router gave it.
+
+    `probability` is that of `language` under the distribution that the slot was filled from (epsilon mixture
+    included); 1.0 for reserved and fixed slots. `origin` is one of the ORIGIN_* constants.
+    """
+
+    prompt: Prompt
+    step: int
+    slot: int
+    language: str
+    origin: str
+    probability: float
+
+    @property
+    def sample_id(self) -> str:
+        """Unique in a run; rewards are joined by it."""
+        return f"{self.step}/{self.prompt.question_id}/{self.slot}"
+
+    @property
+    def group_id(self) -> str:
+        """All K rollouts of one question in one step share it, whatever their languages."""
+        return f"{self.step}/{self.prompt.question_id}"
+
+
+@dataclass(frozen=True)
+class TaggedPrompt:
+    """A routed prompt as the policy reads it: chat template and language tag applied, tokenised once."""
+
+    routed: RoutedPrompt
+    token_ids: tuple[int, ...]
+
+    @property
+    def sample_id(self) -> str:
+        return self.routed.sample_id
+
+
+@dataclass
+class Rollouts:
+    """Finished generations, B samples padded to S tokens: one batch of a rank, or all of a step on every rank.
+
+    sample_ids: B ids, in row order. tokens: int64 [B, S], prompt then response then padding (the tokenizer's end
+    token). prompt_lengths, lengths: int64 [B], in tokens; `lengths` counts prompt and response, the end token
+    included. ended: bool [B], the response stopped by itself within the budget. valid: bool [B], every id lies in
+    the tokenizer's range (ids out of range are replaced in `tokens` by the end token). texts: B responses, decoded
+    without prompt, end and special tokens; empty where nobody needs the text.
+    """
+
+    sample_ids: tuple[str, ...]
+    tokens: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+    ended: torch.Tensor
+    valid: torch.Tensor
+    texts: tuple[str, ...]
+
+
+@dataclass
+class TrainingBatch:
+    """The rollouts of a step as the update sees them: N rows in plan order, the same on every rank.
+
+    tokens: int64 [N, S]. prompt_lengths, lengths: int64 [N]. advantages: float32 [N], 0 where `use` is False.
+    use: bool [N], False masks the sample in numerator and denominator alike (no end, invalid ids, no reward).
+    All tensors on the CPU; the actor moves its own share.
+    """
+
+    tokens: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+    advantages: torch.Tensor
+    use: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One answer to be scored. `language` is the requested language of the response, ISO 639-1."""
+
+    sample_id: str
+    response: str
+    reference: str
+    reference_language: str
+    language: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """The reward of one answer with its parts, r = quality * gate (paper, reward section).
+
+    similarity: raw cosine in [-1, 1]. calibrated: similarity on the common scale of all language pairs.
+    quality: r_qual in [0, 1]. language: identified language of the response, None where the identifier abstains.
+    confidence: of the identification, in [0, 1]. gate: r_lang in [0, 1]. reward: what GRPO sees.
+    """
+
+    sample_id: str
+    similarity: float
+    calibrated: float
+    quality: float
+    language: str | None
+    confidence: float
+    gate: float
+    reward: float
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the router learns from: one scored rollout. Rollouts without a reward are not observed."""
+
+    sample_id: str
+    topics: tuple[str, ...]
+    regions: tuple[str, ...]
+    language: str
+    origin: str
+    reward: float
