@@ -77,17 +77,17 @@ class MegatronActor:
         self._engine.release()
         # Exactly one rank has filled each row, so the sum over ranks is the union.
         tokens, facts = collectives.sum_over_ranks(tokens), collectives.sum_over_ranks(facts)
-        lengths = facts[:, 0]
+        lengths, ended, valid = facts[:, 0].clone(), facts[:, 1].bool(), facts[:, 2].bool()
         longest = int(lengths.max())
-        tokens = tokens[:, :longest]
+        tokens = tokens[:, :longest].contiguous()
         tokens[torch.arange(longest) >= lengths.unsqueeze(1)] = self._tokenizer.eos_id
         return Rollouts(
             sample_ids=tuple(prompt.sample_id for prompt in prompts),
             tokens=tokens,
             prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt in prompts]),
             lengths=lengths,
-            ended=facts[:, 1].bool(),
-            valid=facts[:, 2].bool(),
+            ended=ended,
+            valid=valid,
             texts=(),
         )
 
@@ -162,24 +162,29 @@ class MegatronActor:
         for index in range(algorithm.num_updates):
             part = {key: value[index * per_update : (index + 1) * per_update] for key, value in share.items()}
             everyone = mask[index * global_rows : (index + 1) * global_rows]
-            metrics = self._one_update(part, everyone)
+            metrics = self.accumulate(part, everyone)
+            metrics |= self._optimizer_step(metrics["loss"])
             for key, value in metrics.items():
                 totals[key] = totals.get(key, 0.0) + value / algorithm.num_updates
         self._model.finish_training()
         clear_memory()
         return totals
 
-    def _one_update(self, part: Batch, everyone: torch.Tensor) -> dict[str, float]:
-        """One optimizer step. everyone: mask [n, S-1] of all ranks' rows, for the global denominator."""
+    def accumulate(self, part: Batch, everyone: torch.Tensor) -> dict[str, float]:
+        """Gradients of one update from this rank's rows `part`; returns the loss metrics over all ranks.
+
+        part: tokens [n, S], mask [n, S-1], advantages [n] and, where used, ref_logprobs and old_logprobs [n, S-1].
+        everyone: mask [n * ranks, S-1] of the update's rows on all ranks, which gives the global denominator.
+        """
         algorithm = self._config.algorithm
-        part["weights"] = aggregation_weights(
+        weights = aggregation_weights(
             part["mask"],
             algorithm.aggregation,
             global_tokens=int(everyone.sum()),
             global_sequences=int(everyone.any(dim=1).sum()),
         )
         size = self._model.cfg.micro_batch_size
-        part = _pad_rows(part, size, self._tokenizer.eos_id)
+        part = _pad_rows({**part, "weights": weights}, size, self._tokenizer.eos_id)
         micro_batches = [
             {key: value[start : start + size] for key, value in part.items()}
             for start in range(0, part["tokens"].size(0), size)
@@ -189,15 +194,17 @@ class MegatronActor:
         self._model.prepare_for_training_step()
         collected = self._model.forward_backward(micro_batches, self._loss)
         self._model.finish_training_step()
-        metrics = self._reduce(collected)
+        return self._reduce(collected)
+
+    def _optimizer_step(self, loss: float) -> dict[str, float]:
+        """Clip and step, unless loss or gradient is not finite: then NonFiniteError, and nothing has moved."""
         grad_norm = self._grad_norm()
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
-            raise NonFiniteError(f"loss={metrics['loss']} grad_norm={grad_norm}: the optimizer did not step.")
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NonFiniteError(f"loss={loss}, grad_norm={grad_norm}: the optimizer did not step.")
+        learning_rate = float(self._policy.optimizer.param_groups[0]["lr"])
         self._policy.optimizer.step()
-        metrics["lr"] = float(self._policy.optimizer.param_groups[0]["lr"])
         self._policy.scheduler.step()
-        metrics["grad_norm"] = grad_norm
-        return metrics
+        return {"grad_norm": grad_norm, "lr": learning_rate}
 
     def _loss(self, logprobs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         algorithm = self._config.algorithm

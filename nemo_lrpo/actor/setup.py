@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from nemo_aligner.utils.train_script_utils import (
     CustomLoggerWrapper,
@@ -74,14 +75,21 @@ def check_nemo_sections(config: TrainConfig) -> None:
         raise ConfigError(f"model.optim.name={name!r} is not supported; accepted: {OPTIMIZER!r}.")
 
 
+_READ_WITHOUT_DEFAULT = (
+    "activations_checkpoint_granularity",
+    "activations_checkpoint_method",
+    "activations_checkpoint_num_layers",
+    "activations_checkpoint_layers_per_pipeline",
+    "num_micro_batches_with_partial_activation_checkpoints",
+)
+"""Keys that NeMo reads from the model's configuration whether it has them or not."""
+
 _MODEL_KEYS = {
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "sequence_parallel",
     "megatron_amp_O2",
-    "activations_checkpoint_granularity",
-    "activations_checkpoint_method",
-    "activations_checkpoint_num_layers",
+    *_READ_WITHOUT_DEFAULT,
     "dist_ckpt_format",
     "dist_ckpt_parallel_save",
     "dist_ckpt_parallel_load",
@@ -93,14 +101,14 @@ _MODEL_KEYS = {
 }
 
 
-def build_policy(
-    config: TrainConfig, *, total_updates: int, resume_from: Path | None, training: bool = True
-) -> Policy:
+def build_policy(config: TrainConfig, *, total_updates: int, resume_from: Path | None, training: bool = True) -> Policy:
     """Load the base .nemo on the configured layout and, where given, a checkpoint's shards over it.
 
     total_updates: optimizer steps of the whole run, for the learning rate schedule. resume_from: the directory of
     model and optimizer shards written by `save_shards`. training: False builds no optimizer and keeps no reference.
     """
+    # NeMo says hundreds of lines about its defaults; its log files in run_dir still say what it warns of.
+    nemo_logging.setLevel(nemo_logging.WARNING)
     nemo = OmegaConf.create(
         {"trainer": dict(config.trainer), "exp_manager": _exp_manager(config), "model": _model(config, total_updates)}
     )
@@ -133,7 +141,8 @@ def build_policy(
 def save_shards(policy: Policy, directory: Path) -> None:
     """All ranks: write model, optimizer and schedule as one distributed checkpoint in `directory`."""
     checkpoint = policy.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-    policy.trainer.strategy.save_checkpoint(checkpoint, str(directory))
+    # NeMo derives the directory of a distributed checkpoint by dropping this suffix.
+    policy.trainer.strategy.save_checkpoint(checkpoint, f"{directory}.ckpt")
 
 
 def export_nemo(policy: Policy, path: Path, artifacts: Mapping[str, str], is_main: bool) -> None:
@@ -217,6 +226,8 @@ def _model(config: TrainConfig, total_updates: int) -> DictConfig:
                 "seed": config.seed,
             },
         }
+        for key in _READ_WITHOUT_DEFAULT:
+            model.setdefault(key, None)
         model.setdefault("data", {})
         model.data.setdefault("dataloader_type", "single")
         schedule = model.optim.get("sched")

@@ -32,9 +32,7 @@ def aggregation_weights(
     if aggregation == "token_mean":
         denominator = torch.as_tensor(global_tokens, device=mask.device)
     else:
-        denominator = mask.sum(dim=1, keepdim=True).clamp(min=1) * torch.as_tensor(
-            global_sequences, device=mask.device
-        )
+        denominator = mask.sum(dim=1, keepdim=True).clamp(min=1) * torch.as_tensor(global_sequences, device=mask.device)
     return weights / denominator.clamp(min=1)
 
 

@@ -15,6 +15,7 @@ copy names as they are imported. `nemo_lrpo.actor.platform.ensure_platform` call
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -58,15 +59,13 @@ def install() -> None:
     _refuse_late("install")
     _share_cores()
 
-    # Dynamo's table of torch's functions, made at import, does not bear one function under two names: import it first.
-    import torch._dynamo
-
-    # Compiling Megatron's fused element-wise kernels takes longer on a CPU than they save.
-    torch._dynamo.config.disable = True
+    # torch.compile of Megatron's fused element-wise kernels takes longer on a CPU than they save.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
     from nemo_lrpo.cpu import apex, checkpoint, cuda, stubs
 
     _silence(apex.NOISE + cuda.NOISE)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_not_about_one_generator)
     stubs.install()
     replacement.apply(cuda.TORCH_REPLACEMENTS)
     replacement.apply(
@@ -110,6 +109,11 @@ def _share_cores() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def _is_not_about_one_generator(record: logging.LogRecord) -> bool:
+    """Megatron warns of CPU draws where it expects a GPU's; here they are the same, and it restores the state."""
+    return record.getMessage() != "CPU RNG state changed within GPU RNG context"
 
 
 def _silence(messages: tuple[str, ...]) -> None:

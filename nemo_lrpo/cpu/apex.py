@@ -24,7 +24,7 @@ _TE = ("transformer_engine",)
 
 
 NOISE = (
-    r"Transformer Engine and Apex are not installed\. Falling back to (Torch optimizers|local implementations of .*)\.?",
+    r"Transformer Engine and Apex are not installed\. Falling back to (Torch|local) .*",
     r"Apex is not installed\. Falling back to Torch Norm",
 )
 """Warnings that say what this module is there for."""

@@ -13,12 +13,11 @@ from torch.distributed.checkpoint import filesystem
 from nemo_lrpo.cpu.replacement import Replacement
 
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+_TAKES_FORMAT = "serialization_format" in inspect.signature(filesystem._write_item).parameters
 
 
 def _make_write_item(original: Callable[..., Any]) -> Callable[..., Any]:
     """The four arguments that Megatron-Core passes, for a torch that wants stream transforms and a format too."""
-    if "serialization_format" not in inspect.signature(original).parameters:
-        return original
     transforms = filesystem._StorageWriterTransforms()
 
     @functools.wraps(original)
@@ -41,9 +40,11 @@ def _make_results_queue(original: Callable[[], Any]) -> Callable[[], Any]:
     return results_queue
 
 
-REPLACEMENTS: tuple[Replacement, ...] = (
-    Replacement(f"{_WRITER}._write_item", "torch 2.8 added arguments to its private function", _make_write_item),
+_WRITE_ITEM = Replacement(
+    f"{_WRITER}._write_item", "torch 2.8 added arguments to a private function", _make_write_item
 )
+
+REPLACEMENTS: tuple[Replacement, ...] = (_WRITE_ITEM,) if _TAKES_FORMAT else ()
 
 CPU_REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement(f"{_WRITER}._get_write_results_queue", "without CUDA a fork is safe and quick", _make_results_queue),

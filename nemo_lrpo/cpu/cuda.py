@@ -80,32 +80,56 @@ class Stream:
         return True
 
 
-_STREAM = Stream()
+# Each replacement is a function of its own: torch.compile keeps rules by function and refuses one under two names.
 
 
-def _nothing(*args: object, **kwargs: object) -> None:
+def _no_operation(original: Any) -> Callable[..., None]:
     """A device operation that has no effect on the CPU."""
 
+    def nothing(*args: object, **kwargs: object) -> None:
+        pass
 
-def _itself(self: Any, *args: object, **kwargs: object) -> Any:
-    """A move to the device where it already is."""
-    return self
+    return nothing
+
+
+def _no_move(original: Any) -> Callable[..., Any]:
+    """A move to the device where the object already is."""
+
+    def itself(self: Any, *args: object, **kwargs: object) -> Any:
+        return self
+
+    return itself
+
+
+def _make_stream(original: Any) -> Callable[..., Stream]:
+    stream = Stream()
+
+    def the_stream(device: object = None) -> Stream:
+        return stream
+
+    return the_stream
 
 
 def _current_device() -> torch.device:
     return CPU
 
 
-def _current_stream(device: object = None) -> Stream:
-    return _STREAM
+def _manual_seed(seed: int) -> None:
+    torch.manual_seed(seed)
 
 
-def _get_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
-    return torch.get_rng_state()
+def _make_get_rng_state(original: Any) -> Callable[..., torch.Tensor]:
+    def get_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    return get_rng_state
 
 
-def _set_rng_state(new_state: torch.Tensor, *args: object, **kwargs: object) -> None:
-    torch.set_rng_state(new_state)
+def _make_set_rng_state(original: Any) -> Callable[..., None]:
+    def set_rng_state(new_state: torch.Tensor, *args: object, **kwargs: object) -> None:
+        torch.set_rng_state(new_state)
+
+    return set_rng_state
 
 
 def _device_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,18 +194,18 @@ def _make_set_random_seed(original: Callable[[int], None]) -> Callable[[int], No
 
 TORCH_REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement("torch.cuda.current_device", "the device of a rank is the CPU", value(_current_device)),
-    Replacement("torch.cuda.set_device", "there is one device", value(_nothing)),
-    Replacement("torch.cuda.synchronize", "CPU operations are done when they return", value(_nothing)),
+    Replacement("torch.cuda.set_device", "there is one device", _no_operation),
+    Replacement("torch.cuda.synchronize", "CPU operations are done when they return", _no_operation),
     Replacement("torch.cuda.Stream", "NeMo and Megatron create streams", value(Stream)),
-    Replacement("torch.cuda.current_stream", "Megatron waits for the current stream", value(_current_stream)),
-    Replacement("torch.cuda.default_stream", "Megatron waits for the default stream", value(_current_stream)),
-    Replacement("torch.cuda.manual_seed", "the CPU has one generator", value(torch.manual_seed)),
-    Replacement("torch.cuda.get_rng_state", "the CPU has one generator", value(_get_rng_state)),
-    Replacement("torch.cuda.set_rng_state", "the CPU has one generator", value(_set_rng_state)),
-    Replacement("torch.Tensor.cuda", "tensors stay where they are", value(_itself)),
+    Replacement("torch.cuda.current_stream", "Megatron waits for the current stream", _make_stream),
+    Replacement("torch.cuda.default_stream", "Megatron waits for the default stream", _make_stream),
+    Replacement("torch.cuda.manual_seed", "the CPU has one generator", value(_manual_seed)),
+    Replacement("torch.cuda.get_rng_state", "the CPU has one generator", _make_get_rng_state),
+    Replacement("torch.cuda.set_rng_state", "the CPU has one generator", _make_set_rng_state),
+    Replacement("torch.Tensor.cuda", "tensors stay where they are", _no_move),
     Replacement("torch.Tensor.to", "literal 'cuda' devices", _make_to),
     Replacement("torch.Tensor.type", "Megatron asks for the names of CUDA's tensor types", _make_type),
-    Replacement("torch.nn.Module.cuda", "modules stay where they are", value(_itself)),
+    Replacement("torch.nn.Module.cuda", "modules stay where they are", _no_move),
     *(Replacement(f"torch.{name}", "literal 'cuda' devices", _scriptable(name)) for name in FACTORIES),
     *(Replacement(f"torch.Tensor.{name}", "literal 'cuda' devices", _device_on_cpu) for name in TENSOR_FACTORIES),
     *(
@@ -197,18 +221,18 @@ TORCH_REPLACEMENTS: tuple[Replacement, ...] = (
 
 STACK_REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement(
-        "megatron.core.tensor_parallel.random._get_cuda_rng_state", "the CPU has one generator", value(_get_rng_state)
+        "megatron.core.tensor_parallel.random._get_cuda_rng_state", "the CPU has one generator", _make_get_rng_state
     ),
     Replacement(
         "megatron.core.tensor_parallel.random._set_cuda_rng_state",
         "torch.cuda queues it until CUDA starts, which it never does",
-        value(_set_rng_state),
+        _make_set_rng_state,
     ),
     Replacement(
         "nemo.collections.nlp.modules.common.megatron.megatron_init._set_random_seed",
         "seeds Megatron's tracker of random states only where it counts a GPU",
         _make_set_random_seed,
     ),
-    Replacement("nemo.core.classes.modelPT.ModelPT.cuda", "models stay where they are", value(_itself)),
+    Replacement("nemo.core.classes.modelPT.ModelPT.cuda", "models stay where they are", _no_move),
 )
 """Names of NeMo and Megatron-Core that hold CUDA by other means than torch's functions."""

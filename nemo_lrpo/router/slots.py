@@ -73,9 +73,7 @@ class SlotRouter(ABC):
             raise ValueError(f"num_rollouts={num_rollouts}; a group has at least one rollout.")
         repeated = [name for name, count in Counter(p.question_id for p in prompts).items() if count > 1]
         if repeated:
-            raise ValueError(
-                f"question {repeated[0]!r} occurs twice in one step; its samples could not be told apart."
-            )
+            raise ValueError(f"question {repeated[0]!r} occurs twice in one step; its samples could not be told apart.")
         cache: dict[Hashable, tuple[Probabilities, list[float]]] = {}
         routed: list[RoutedPrompt] = []
         drawn_from: list[Probabilities] = []

@@ -237,6 +237,12 @@ class LrpoTrainer:
         """All ranks: write a checkpoint of this moment."""
         return self._store.save(self._actor, self.state_dict())
 
+    def export(self, path: Path) -> None:
+        """All ranks: write the policy as a .nemo that carries the router's final state, readable, and how it ended."""
+        router = json.dumps(self._router.state_dict(), ensure_ascii=False, indent=1)
+        summary = json.dumps({"step": self._step, "seed": self._config.seed, "languages": self._router.languages})
+        self._actor.export(path, {"lrpo_router.json": router, "lrpo_training.json": summary})
+
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` stopped. Raises CheckpointError if it belongs to another run."""
         state = checkpoint.state

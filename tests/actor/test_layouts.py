@@ -1,0 +1,94 @@
+"""The policy's rollouts, loss and gradients do not depend on micro batch, tensor, pipeline or data parallelism."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launch import run
+from safetensors.torch import load_file
+
+WORKER = str(Path(__file__).with_name("layout_worker.py"))
+LAYOUTS = {"tensor": (2, 2, 1), "pipeline": (2, 1, 2), "data": (2, 1, 1)}
+READ_GRADIENTS = """
+import sys, torch
+from nemo_lrpo.actor.platform import ensure_platform
+ensure_platform()
+from megatron.core import dist_checkpointing
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+from safetensors.torch import save_file
+for directory in sys.argv[1:]:
+    plain = dist_checkpointing.load_plain_tensors(directory)
+    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, directory + ".safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tiny_nemo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory per layout, with plain tensors of the gradients."""
+    root = tmp_path_factory.mktemp("layouts")
+    for name, (ranks, tensor, pipeline), sizes in [
+        ("single", (1, 1, 1), "1,2,3,8"),
+        *((name, layout, "2") for name, layout in LAYOUTS.items()),
+    ]:
+        (root / name).mkdir()
+        run([WORKER, str(tiny_nemo), str(root / name), str(tensor), str(pipeline), sizes], ranks=ranks)
+    run(["-c", READ_GRADIENTS, *map(str, sorted(root.glob("*/gradients_*")))])
+    return root
+
+
+def gradients(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Relative 1e-5 of each tensor's own norm, in fp32."""
+    assert found.keys() == expected.keys()
+    for name, reference in expected.items():
+        difference = (found[name] - reference).norm() / reference.norm().clamp(min=1e-12)
+        assert difference <= 1e-5, f"{name}: {difference:.2e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["1", "3", "8"])
+def test_gradients_do_not_depend_on_the_micro_batch(results: Path, size: str) -> None:
+    expected = gradients(results / "single" / "gradients_2.safetensors")
+    assert all(tensor.norm() > 0 for tensor in expected.values())
+    assert_same_gradients(gradients(results / "single" / f"gradients_{size}.safetensors"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_gradients_do_not_depend_on_the_layout(results: Path, layout: str) -> None:
+    expected = gradients(results / "single" / "gradients_2.safetensors")
+    assert_same_gradients(gradients(results / layout / "gradients_2.safetensors"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_loss_and_gradient_norm_do_not_depend_on_the_layout(results: Path, layout: str) -> None:
+    expected = json.loads((results / "single" / "metrics.json").read_text())["2"]
+    found = json.loads((results / layout / "metrics.json").read_text())["2"]
+    for name in ("loss", "policy_loss", "kl_loss", "kl", "ratio", "surprisal", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    # Seven samples in use; their response tokens, end token included.
+    assert found["tokens"] == expected["tokens"] == (9 + 14 + 20 + 11 - 4 * 4) + (20 + 17 + 13 - 3 * 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_rollouts_do_not_depend_on_the_layout(results: Path, layout: str) -> None:
+    expected = load_file(results / "single" / "rollouts.safetensors")
+    found = load_file(results / layout / "rollouts.safetensors")
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.slow
+def test_rollouts_of_one_question_differ_by_slot_and_greedy_ones_do_not(results: Path) -> None:
+    rollouts = load_file(results / "single" / "rollouts.safetensors")
+    first = rollouts["tokens"][:4].tolist()
+    assert len({tuple(row) for row in first}) == 4
+    assert len({tuple(row) for row in rollouts["greedy"][:4].tolist()}) == 1
