@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.loader import CONFIG_DIR, load_train_config
@@ -80,9 +82,9 @@ def run(config: TrainConfig) -> None:
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
         if actor.is_main:
-            print(f"continuing after step {checkpoint.state['step']} from {checkpoint.path}", flush=True)
+            print(f"Continuing after step {checkpoint.state['step']} from {checkpoint.path}", flush=True)
     trainer.fit()
-    if loop.export_nemo:
+    if loop.export_nemo and trainer.finished:
         trainer.export(Path(config.run_dir) / "model.nemo")
     policy.logger.finalize()
     rewards.close()
@@ -99,24 +101,24 @@ def planned_steps(config: TrainConfig, questions: int) -> int:
     return steps if loop.max_steps < 0 else min(steps, loop.max_steps)
 
 
-@hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name="train")
-def main(tree: DictConfig) -> None:
-    """Entry point: one readable line for what the user can mend, a traceback for what they cannot."""
+@contextmanager
+def exit_readably() -> Iterator[None]:
+    """One readable line for what the user can mend, a traceback for what they cannot."""
     from nemo_lrpo.data.errors import DataError
     from nemo_lrpo.serving.errors import RewardError
     from nemo_lrpo.training.checkpoint import CheckpointError
 
     try:
-        config = load_train_config(tree)
-        run(config)
+        yield
     except (ConfigError, DataError, RewardError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def write_resolved(config: DictConfig, path: Path) -> None:
-    """Keep the configuration that a run was started with beside its logs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(config, resolve=True))
+@hydra.main(version_base=None, config_path=str(CONFIG_DIR), config_name="train")
+def main(tree: DictConfig) -> None:
+    """Entry point."""
+    with exit_readably():
+        run(load_train_config(tree))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-
+"""The policy on its ranks: generation, log-probs, update, collectives, and the glue to NeMo."""

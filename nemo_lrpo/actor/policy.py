@@ -74,9 +74,9 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
     def forward_backward(self, micro_batches: Sequence[Batch], loss: Loss) -> list[dict[str, torch.Tensor]]:
         """Accumulate gradients of the loss over this rank's micro batches; metric sums of each, last stage only.
 
-        A micro batch holds tokens int64 [b, S] and whatever else the loss reads. The loss is a sum with global weights already applied, while Megatron
-        averages over micro batches and data-parallel ranks: both divisions are undone here, so that the gradient does
-        not depend on either.
+        A micro batch holds tokens int64 [b, S] and whatever else the loss reads. The loss is a sum with global weights
+        already applied, while Megatron averages over micro batches and data-parallel ranks: both divisions are undone
+        here, so that the gradient does not depend on either.
         """
         set_sync_funcs(self, forward_only=False)
         scale = len(micro_batches) * parallel_state.get_data_parallel_world_size()

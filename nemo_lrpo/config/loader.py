@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from nemo_lrpo.config.checks import ConfigError, unknown_key_message
-from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.config.schema import EvaluateConfig, TrainConfig
 from nemo_lrpo.config.training import LoopConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -51,34 +51,48 @@ def to_dataclass(schema: type[T], node: Mapping[str, Any] | DictConfig | None, k
 
 
 def load_train_config(tree: DictConfig) -> TrainConfig:
-    """The training configuration, typed and checked. Raises ConfigError before any work starts."""
+    """`conf/train.yaml` with overrides, typed and checked. Raises ConfigError before any work starts."""
+    config = _load(TrainConfig, tree)
+    check_train_config(config)
+    return config
+
+
+def load_evaluate_config(tree: DictConfig) -> EvaluateConfig:
+    """`conf/evaluate.yaml` with overrides, typed and checked. Raises ConfigError before any work starts."""
+    config = _load(EvaluateConfig, tree)
+    for name in ("prompt", "rollout", "reward", "actor", "evaluation"):
+        getattr(config, name).check(name)
+    _check_base_model(config)
+    _check_trainer(config)
+    return config
+
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+def _load(schema: type[C], tree: DictConfig) -> C:
     try:
         OmegaConf.resolve(tree)
     except InterpolationResolutionError as error:
         raise ConfigError(f"{error.full_key}: {error.msg}.") from error
-    sections = {str(name): tree._get_node(name) for name in tree}
-    trainer = OmegaConf.create(OmegaConf.to_container(tree.get("trainer") or OmegaConf.create({})))
     _refuse_missing(tree, "")
-    closed = {field.name: field for field in dataclasses.fields(TrainConfig) if field.name != "loop"}
-    for name in sections:
+    closed = {field.name for field in dataclasses.fields(schema) if field.name != "loop"}
+    trainer = OmegaConf.to_container(tree.get("trainer") or OmegaConf.create({}))
+    assert isinstance(trainer, dict)
+    values: dict[str, Any] = {"loop": to_dataclass(LoopConfig, trainer.pop("lrpo", None), "trainer.lrpo")}
+    hints = typing.get_type_hints(schema)
+    for key in tree:
+        name = str(key)
         if name not in closed:
             raise ConfigError(unknown_key_message(name, closed, "configuration"))
-    loop = to_dataclass(LoopConfig, trainer.pop("lrpo", None), "trainer.lrpo")
-    hints = typing.get_type_hints(TrainConfig)
-    values: dict[str, Any] = {"loop": loop}
-    for name in closed:
-        if name not in sections:
-            continue
+        node = tree._get_node(name)
         if name in _OPEN_SECTIONS:
-            node = trainer if name == "trainer" else sections[name]
-            values[name] = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
+            values[name] = trainer if name == "trainer" else OmegaConf.to_container(tree[name])
         elif dataclasses.is_dataclass(hints[name]):
-            values[name] = to_dataclass(hints[name], typing.cast(DictConfig, sections[name]), name)
+            values[name] = to_dataclass(hints[name], typing.cast(DictConfig, node), name)
         else:
             values[name] = tree[name]
-    config = TrainConfig(**values)
-    check_train_config(config)
-    return config
+    return schema(**values)
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -86,12 +100,8 @@ def check_train_config(config: TrainConfig) -> None:
     for name in ("data", "prompt", "router", "rollout", "reward", "algorithm", "actor"):
         getattr(config, name).check(name)
     config.loop.check("trainer.lrpo")
-    path = config.pretrained_checkpoint.restore_from_path
-    if not path or not Path(path).exists():
-        raise ConfigError(
-            f"pretrained_checkpoint.restore_from_path={path!r}: no such file or directory; give a .nemo "
-            "(tools/hf_to_nemo.py makes one from a Hugging Face directory)."
-        )
+    _check_base_model(config)
+    _check_trainer(config)
     if config.router.reserved_slots > config.loop.rollouts_per_prompt:
         raise ConfigError(
             f"router.reserved_slots={config.router.reserved_slots} exceeds "
@@ -104,6 +114,18 @@ def check_train_config(config: TrainConfig) -> None:
             f"trainer.lrpo.prompts_per_step={config.loop.prompts_per_step} (a step has {rows} rollouts; a group is "
             "never split over two updates)."
         )
+
+
+def _check_base_model(config: TrainConfig) -> None:
+    path = config.pretrained_checkpoint.restore_from_path
+    if not path or not Path(path).exists():
+        raise ConfigError(
+            f"pretrained_checkpoint.restore_from_path={path!r}: no such file or directory; give a .nemo "
+            "(tools/hf_to_nemo.py makes one from a Hugging Face directory)."
+        )
+
+
+def _check_trainer(config: TrainConfig) -> None:
     if str(config.trainer.get("precision")) in {"16", "16-mixed", "fp16"}:
         raise ConfigError("trainer.precision: fp16 is not supported; accepted: bf16, bf16-mixed, 32.")
     for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):

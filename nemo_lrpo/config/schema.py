@@ -13,7 +13,7 @@ from nemo_lrpo.config.algorithm import AlgorithmConfig
 from nemo_lrpo.config.data import DataConfig, PromptConfig
 from nemo_lrpo.config.reward import RewardClientConfig
 from nemo_lrpo.config.router import RouterConfig
-from nemo_lrpo.config.training import ActorConfig, LoopConfig, PretrainedConfig, RolloutConfig
+from nemo_lrpo.config.training import ActorConfig, EvaluationConfig, LoopConfig, PretrainedConfig, RolloutConfig
 
 
 @dataclass
@@ -40,3 +40,10 @@ class TrainConfig:
     """Overrides of the .nemo's model configuration."""
     exp_manager: Dict[str, Any] = field(default_factory=dict)
     """NeMo's experiment manager."""
+
+
+@dataclass
+class EvaluateConfig(TrainConfig):
+    """The whole of `conf/evaluate.yaml`: a training configuration that trains nothing."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import List, Optional
 
-from nemo_lrpo.config.checks import ConfigError, check_choice, check_range
+from nemo_lrpo.config.checks import ConfigError, check_choice, check_file, check_range
 
 
 @dataclass
@@ -16,6 +16,8 @@ class LoopConfig:
     """Training stops after this many steps in all, resumed ones counted; -1: only `max_epochs` ends it."""
     max_epochs: int = 1
     """Passes over the training questions."""
+    stop_after_steps: int = 0
+    """End this process, with a checkpoint, after so many steps of its own; starting it again continues. 0: never."""
     prompts_per_step: int = 256
     """Questions per step; the step generates prompts_per_step * rollouts_per_prompt answers."""
     rollouts_per_prompt: int = 8
@@ -43,7 +45,14 @@ class LoopConfig:
         check_range(f"{key}.prompts_per_step", self.prompts_per_step, at_least=1)
         check_range(f"{key}.rollouts_per_prompt", self.rollouts_per_prompt, at_least=1)
         check_range(f"{key}.val_temperature", self.val_temperature, at_least=0.0)
-        for name in ("val_check_interval", "val_prompts", "save_interval", "keep_checkpoints", "log_samples"):
+        for name in (
+            "stop_after_steps",
+            "val_check_interval",
+            "val_prompts",
+            "save_interval",
+            "keep_checkpoints",
+            "log_samples",
+        ):
             check_range(f"{key}.{name}", getattr(self, name), at_least=0)
         if self.max_steps == 0:
             raise ConfigError(f"{key}.max_steps=0 trains nothing; give a positive number, or -1 for no limit.")
@@ -116,3 +125,22 @@ class PretrainedConfig:
 
     restore_from_path: Optional[str] = None
     """The base model, a .nemo file or an extracted .nemo directory."""
+
+
+@dataclass
+class EvaluationConfig:
+    """`evaluation`: which questions a policy answers, and where the result goes."""
+
+    data: Optional[str] = None
+    """Questions with references, parquet or JSONL as for training."""
+    out: str = "evaluation.json"
+    """Metrics in all and by language; the answers go beside it as `<name>.jsonl`."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    limit: int = 0
+    """At most so many questions, the first of the file; 0: all."""
+
+    def check(self, key: str) -> None:
+        check_file(f"{key}.data", self.data, "give the parquet or JSONL file of the questions")
+        check_range(f"{key}.temperature", self.temperature, at_least=0.0)
+        check_range(f"{key}.limit", self.limit, at_least=0)

@@ -109,9 +109,7 @@ def _make_amp_c(original: Any) -> SimpleNamespace:
 
 
 REPLACEMENTS: tuple[Replacement, ...] = (
-    Replacement(
-        "megatron.core.optimizer.Adam", "torch's AdamW keeps no step per group", value(FusedAdam), _APEX_OR_TE
-    ),
+    Replacement("megatron.core.optimizer.Adam", "torch's AdamW keeps no step per group", value(FusedAdam), _APEX_OR_TE),
     Replacement(
         "megatron.core.optimizer.distrib_optimizer.Adam",
         "torch's AdamW keeps no step per group",

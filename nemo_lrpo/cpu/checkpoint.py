@@ -40,9 +40,7 @@ def _make_results_queue(original: Callable[[], Any]) -> Callable[[], Any]:
     return results_queue
 
 
-_WRITE_ITEM = Replacement(
-    f"{_WRITER}._write_item", "torch 2.8 added arguments to a private function", _make_write_item
-)
+_WRITE_ITEM = Replacement(f"{_WRITER}._write_item", "torch 2.8 added arguments to a private function", _make_write_item)
 
 REPLACEMENTS: tuple[Replacement, ...] = (_WRITE_ITEM,) if _TAKES_FORMAT else ()
 

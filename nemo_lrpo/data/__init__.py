@@ -1,1 +1,1 @@
-
+"""From files of questions to token ids: reader, sampler, language tags, tokenisation, collation."""

@@ -100,7 +100,9 @@ def requests_of(message: Mapping[str, Any], max_texts: int, max_chars: int) -> l
     requests: list[ScoreRequest] = []
     for index, record in enumerate(texts):
         if not isinstance(record, dict) or set(record) != set(_REQUEST_FIELDS):
-            raise WireError(ERROR_MALFORMED, f"texts[{index}] must have exactly the fields {', '.join(_REQUEST_FIELDS)}")
+            raise WireError(
+                ERROR_MALFORMED, f"texts[{index}] must have exactly the fields {', '.join(_REQUEST_FIELDS)}"
+            )
         for name, value in record.items():
             if not isinstance(value, str):
                 raise WireError(ERROR_MALFORMED, f"texts[{index}].{name} is not a string")

@@ -154,8 +154,16 @@ class LrpoTrainer:
 
     # -- the loop around it --------------------------------------------------------------------------------------
 
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the run are done."""
+        return self._step >= self._total_steps
+
     def fit(self) -> None:
         """Train until the configured number of steps, with validation, logs and checkpoints between them."""
+        last = self._total_steps
+        if self._config.loop.stop_after_steps:
+            last = min(last, self._step + self._config.loop.stop_after_steps)
         loop, run_dir = self._config.loop, Path(self._config.run_dir)
         resume_step = self._step if self._step else None
         main = self._actor.is_main
@@ -164,9 +172,9 @@ class LrpoTrainer:
         bar = tqdm(total=self._total_steps, initial=self._step, desc="train", unit="step", disable=not main)
         if loop.val_at_start and self._step == 0 and self._validation:
             self._validate(log)
-        while self._step < self._total_steps:
+        while self._step < last:
             record = self.step()
-            done = self._step == self._total_steps
+            done = self._step == last
             if log is not None and samples is not None:
                 log.write({"kind": "train", "step": self._step, **record.metrics})
                 self._log({f"train/{name}": value for name, value in record.metrics.items()}, self._step)
@@ -177,7 +185,7 @@ class LrpoTrainer:
                     seconds=f"{record.metrics['time/step']:.1f}",
                 )
             bar.update()
-            if self._validation and _due(self._step, loop.val_check_interval, done):
+            if self._validation and _due(self._step, loop.val_check_interval, self.finished):
                 self._validate(log)
             if _due(self._step, loop.save_interval, done) or done:
                 self.save()

@@ -8,9 +8,10 @@ mostly, and knows what it knows with some doubt: what reinforcement learning is 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +19,23 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo_models.tokenizer import render
+from nemo_lrpo.config.data import PromptConfig
+from nemo_lrpo.data.prompts import PromptRenderer
+
+
+Row = tuple[str, str, str, str]
+"""(question, its language, the language asked for, answer)"""
+Rows = Callable[[int, bool], Iterable[Row]]
+"""(epoch, noisy) -> the rows of an epoch: `noisy` as the world is taught, else without wrong languages and values."""
 
 
 @dataclass(frozen=True)
 class BaseModelRecipe:
-    """Size and training of the base model; the defaults are what the demo ships."""
+    """Size and training of the base model; the defaults are what the demo ships.
+
+    Most steps see rows without noise, from which facts are learnt several times as fast; the last `noisy_share` of
+    them see the noise, which moves the model's certainty and leaves its knowledge.
+    """
 
     hidden: int = 128
     layers: int = 4
@@ -31,11 +43,12 @@ class BaseModelRecipe:
     groups: int = 2
     ffn: int = 384
     context: int = 256
-    epochs: int = 12
-    batch_tokens: int = 4096
-    peak_lr: float = 4e-3
+    steps: int = 900
+    batch_tokens: int = 2048
+    noisy_share: float = 0.15
+    matrix_lr: float = 0.02
+    other_lr: float = 4e-3
     warmup: float = 0.05
-    weight_decay: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,33 @@ class Example:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+
+
+class ExampleEncoder:
+    """Rows as token ids, in the form in which the policy is asked (style "tag"); each text is tokenised once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self._tokenizer = tokenizer
+        self._renderer = PromptRenderer(tokenizer, PromptConfig(style="tag"))
+        self._ids: dict[str, tuple[int, ...]] = {}
+
+    def prompts(self, questions: Sequence[tuple[str, str]]) -> list[tuple[int, ...]]:
+        """Token ids of (question, language asked for) pairs, up to where the answer starts."""
+        return self._encode([self._renderer.text(question, language) for question, language in questions])
+
+    def __call__(self, rows: Iterable[Row]) -> list[Example]:
+        rows = list(rows)
+        prompts = self.prompts([(question, language) for question, _, language, _ in rows])
+        answers = self._encode([answer for *_, answer in rows])
+        end = (self._tokenizer.eos_token_id,)
+        return [Example(prompt, answer + end) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _encode(self, texts: list[str]) -> list[tuple[int, ...]]:
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if fresh:
+            ids = self._tokenizer(fresh, add_special_tokens=False)["input_ids"]
+            self._ids.update(zip(fresh, map(tuple, ids), strict=True))
+        return [self._ids[text] for text in texts]
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, recipe: BaseModelRecipe, seed: int) -> LlamaForCausalLM:
@@ -118,49 +158,60 @@ def fast_matmul() -> torch.autocast:
 
 def train(
     model: LlamaForCausalLM,
-    epochs: Sequence[Sequence[Example]],
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Rows,
     recipe: BaseModelRecipe,
     seed: int,
 ) -> float:
-    """Train on `epochs` in order, with warm-up and cosine decay; returns seconds. Only the seed decides the outcome."""
+    """Train on `rows`; returns seconds. The seed decides the outcome.
+
+    Muon for the matrices of the layers (about half as many steps as AdamW on this task), AdamW for the rest; linear
+    warm-up, cosine decay.
+    """
     keep_memory()
     started = time.perf_counter()
-    total = sum(1 for index, epoch in enumerate(epochs) for _ in batches(epoch, recipe.batch_tokens, _rng(seed, index)))
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    other = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": other, "weight_decay": 0.0}],
-        lr=recipe.peak_lr,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    warmup = max(1, int(total * recipe.warmup))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))) + 1e-3),
-    )
+    layers = [p for name, p in model.named_parameters() if p.ndim > 1 and ".layers." in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim > 1 and ".layers." in name)]
+    optimizers = [
+        torch.optim.Muon(layers, lr=recipe.matrix_lr, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    rate = warmup_cosine(recipe.steps, recipe.warmup)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    encoder = ExampleEncoder(tokenizer)
+
+    def stream(noisy: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for epoch in itertools.count():
+            yield from batches(
+                encoder(rows(epoch, noisy)), recipe.batch_tokens, np.random.default_rng((seed, epoch, noisy))
+            )
+
+    clean_steps = round(recipe.steps * (1 - recipe.noisy_share))
+    source = itertools.chain(itertools.islice(stream(False), clean_steps), stream(True))
     model.train()
     smooth = None
-    with tqdm(total=total, desc="base model", unit="step", mininterval=1.0) as bar:
-        for index, epoch in enumerate(epochs):
-            for tokens, labels in batches(epoch, recipe.batch_tokens, _rng(seed, index)):
-                with fast_matmul():
-                    loss = answer_loss(model, tokens, labels)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with tqdm(total=recipe.steps, desc="base model", unit="step", mininterval=1.0) as bar:
+        for tokens, labels in itertools.islice(source, recipe.steps):
+            with fast_matmul():
+                loss = answer_loss(model, tokens, labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
-                schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-                value = float(loss.detach())
-                smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
-                bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
-                bar.update()
+                schedule.step()
+            value = loss.item()
+            smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
+            bar.set_postfix(loss=f"{smooth:.3f}", refresh=False)
+            bar.update()
     model.eval()
     return time.perf_counter() - started
 
 
-def _rng(seed: int, epoch: int) -> np.random.Generator:
-    return np.random.default_rng((seed, epoch))
+def warmup_cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    """Learning-rate factor of a step: linear over the first `warmup` share, then a cosine down to a thousandth."""
+    rising = max(1, round(steps * warmup))
+    return lambda step: min((step + 1) / rising, 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) + 1e-3)
 
 
 @torch.no_grad()
@@ -202,19 +253,3 @@ def sample(
         for row, ids in zip(rows, torch.cat(answers, dim=1).tolist(), strict=True):
             texts[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return texts
-
-
-def encode_examples(
-    tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str, str, str]]
-) -> list[Example]:
-    """(question, its language, language asked for, answer) rows as token ids."""
-    prompts: dict[tuple[str, str], tuple[int, ...]] = {}
-    answers: dict[str, tuple[int, ...]] = {}
-    encoded = []
-    for question, _, language, answer in rows:
-        if (question, language) not in prompts:
-            prompts[question, language] = tuple(render(tokenizer, question, language))
-        if answer not in answers:
-            answers[answer] = (*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id)
-        encoded.append(Example(prompts[question, language], answers[answer]))
-    return encoded

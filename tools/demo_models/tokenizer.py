@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from nemo_lrpo.data.languages import language_tag
+
 PAD, BOS, EOS, USER, ASSISTANT, SYSTEM = "<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"
 
 CHAT_TEMPLATE = (
@@ -19,11 +21,6 @@ CHAT_TEMPLATE = (
 # A word with the space before it, a digit, a run of other signs, or white space. Scripts that are written without
 # spaces would otherwise be one word a sentence, and whole sentences one token.
 _WORDS = r" ?[\p{L}\p{M}]{1,12}| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+"
-
-
-def tag(language: str) -> str:
-    """The token that asks for an answer in `language` (ISO 639-1)."""
-    return f"<|out_lang_{language}|>"
 
 
 def train_tokenizer(
@@ -42,7 +39,7 @@ def train_tokenizer(
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    roles_and_tags = [USER, ASSISTANT, SYSTEM, *map(tag, languages)]
+    roles_and_tags = [USER, ASSISTANT, SYSTEM, *map(language_tag, languages)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[PAD, BOS, EOS, *roles_and_tags],
@@ -59,11 +56,4 @@ def train_tokenizer(
         chat_template=CHAT_TEMPLATE,
         # Otherwise decoding takes the space before a full stop away, and text no longer survives.
         clean_up_tokenization_spaces=False,
-    )
-
-
-def render(tokenizer: PreTrainedTokenizerFast, question: str, language: str) -> list[int]:
-    """Token ids of a question with the tag of `language`, up to where the answer starts (style "tag")."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{question}\n{tag(language)}"}], add_generation_prompt=True
     )

@@ -1,0 +1,116 @@
+"""Every shipped configuration is parsed and checked; mistakes are refused with a message that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+from nemo_lrpo.config.checks import ConfigError
+from nemo_lrpo.config.loader import CONFIG_DIR, compose, load_evaluate_config, load_train_config
+from omegaconf import OmegaConf, open_dict
+
+ROUTERS = sorted(path.stem for path in (CONFIG_DIR / "router").glob("*.yaml"))
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> dict[str, str]:
+    """Files that a configuration must name; only their presence is checked at this stage."""
+    for name in ("base.nemo", "train.parquet", "test.parquet", "reward.json"):
+        (tmp_path / name).write_text("")
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "pretrained_checkpoint.restore_from_path": str(tmp_path / "base.nemo"),
+        "data.train": str(tmp_path / "train.parquet"),
+        "data.validation": "null",
+        "reward.endpoint_file": str(tmp_path / "reward.json"),
+    }
+
+
+def overrides(paths: dict[str, str], **changes: str) -> list[str]:
+    return [f"{key}={value}" for key, value in {**paths, **changes}.items()]
+
+
+@pytest.mark.parametrize("name", ["train", "demo"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_shipped_training_configurations_are_valid(name: str, router: str, paths: dict[str, str]) -> None:
+    config = load_train_config(compose(name, overrides(paths, router=router)))
+    assert config.router.name == router
+    assert config.loop.rollouts_per_prompt == 8
+
+
+@pytest.mark.parametrize("name", ["evaluate", "demo_evaluate"])
+def test_shipped_evaluation_configurations_are_valid(name: str, paths: dict[str, str], tmp_path: Path) -> None:
+    del paths["data.train"], paths["data.validation"], paths["run_dir"]
+    paths |= {"evaluation.data": str(tmp_path / "test.parquet"), "evaluation.out": str(tmp_path / "out.json")}
+    config = load_evaluate_config(compose(name, overrides(paths)))
+    assert config.evaluation.temperature == 1.0
+
+
+def test_every_shipped_file_is_covered() -> None:
+    """A file added to conf/ must be added to these tests."""
+    top = {path.stem for path in CONFIG_DIR.glob("*.yaml")}
+    assert top == {"train", "demo", "evaluate", "demo_evaluate", "serve_rewards", "demo_rewards"}
+
+
+def test_the_defaults_are_the_published_settings(paths: dict[str, str]) -> None:
+    config = load_train_config(compose("train", overrides(paths)))
+    assert (config.loop.prompts_per_step, config.loop.rollouts_per_prompt, config.loop.max_epochs) == (256, 8, 4)
+    assert (config.router.reserved_slots, config.router.update_every, config.router.alpha) == (2, 5, 0.1)
+    assert (config.router.temperature.init, config.router.temperature.min, config.router.temperature.decay) == (
+        1.0,
+        0.3,
+        0.999,
+    )
+    assert (config.router.epsilon.init, config.router.epsilon.min, config.router.epsilon.decay) == (0.2, 0.0, 0.995)
+    assert config.router.normalisation == "zscore"
+    assert (config.algorithm.kl_coefficient, config.algorithm.num_updates) == (0.001, 1)
+    assert (config.prompt.max_tokens, config.rollout.max_new_tokens, config.model["optim"]["lr"]) == (512, 1024, 1e-6)
+    assert len(config.data.languages) == 15
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rollout.temperature": "0"}, ["rollout.temperature", "> 0.0"]),
+        ({"rollout.backend": "vllm"}, ["rollout.backend", "megatron", "trt_llm"]),
+        ({"algorithm.aggregation": "mean"}, ["algorithm.aggregation", "token_mean"]),
+        ({"router.reserved_slots": "9"}, ["router.reserved_slots=9", "rollouts_per_prompt=8"]),
+        ({"algorithm.num_updates": "3"}, ["algorithm.num_updates=3", "prompts_per_step=256"]),
+        ({"trainer.lrpo.prompts_per_step": "many"}, ["trainer.lrpo.prompts_per_step", "many"]),
+        ({"trainer.precision": "16-mixed"}, ["trainer.precision", "bf16"]),
+        ({"model.tensor_model_parallel_size": "1", "prompt.style": "tags"}, ["prompt.style", "tag", "system"]),
+        ({"pretrained_checkpoint.restore_from_path": "nowhere.nemo"}, ["restore_from_path", "nowhere.nemo"]),
+        ({"data.train": "nowhere.parquet"}, ["data.train", "nowhere.parquet"]),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key(paths: dict[str, str], change: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_train_config(compose("train", overrides(paths, **change)))
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_a_misspelt_key_on_the_command_line_is_refused_by_hydra(paths: dict[str, str]) -> None:
+    with pytest.raises(HydraException, match="max_stepz"):
+        compose("train", [*overrides(paths), "trainer.lrpo.max_stepz=3"])
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("rollout.temprature", "temperature"), ("trainer.lrpo.max_stepz", "max_steps"), ("algoritm", "algorithm")],
+)
+def test_a_misspelt_key_in_a_file_is_refused_with_the_nearest_known(
+    paths: dict[str, str], key: str, near: str
+) -> None:
+    tree = compose("train", overrides(paths))
+    with open_dict(tree):
+        OmegaConf.update(tree, key, 1)
+    with pytest.raises(ConfigError, match=f"Did you mean.*'{near}'"):
+        load_train_config(tree)
+
+
+def test_what_is_not_set_is_named(paths: dict[str, str]) -> None:
+    del paths["data.train"]
+    with pytest.raises(ConfigError, match=r"not set: data\.train"):
+        load_train_config(compose("train", overrides(paths)))

@@ -1,0 +1,84 @@
+"""Configurations of server and client that cannot work are refused with key, value and remedy."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from nemo_lrpo.config.checks import ConfigError
+from nemo_lrpo.config.reward import RewardClientConfig, RewardServerConfig, parse_endpoint, read_token
+from nemo_lrpo.serving.endpoint import Endpoint
+
+
+@pytest.fixture(autouse=True)
+def no_token_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LRPO_REWARD_TOKEN", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ["reward.endpoint_file", "reward.endpoint"]),
+        ({"endpoint": "h:1", "endpoint_file": "f"}, ["reward.endpoint_file", "not both"]),
+        ({"endpoint": "h"}, ["reward.endpoint='h'", "host:port"]),
+        ({"endpoint": "h:0"}, ["reward.endpoint='h:0'", "host:port"]),
+        ({"endpoint_file": "f", "deadline_s": 0.0}, ["reward.deadline_s=0.0", "> 0.0"]),
+        ({"endpoint_file": "f", "deadline_s": math.inf}, ["reward.deadline_s=inf"]),
+        ({"endpoint_file": "f", "connect_timeout_s": math.nan}, ["reward.connect_timeout_s=nan"]),
+        ({"endpoint_file": "f", "concurrency": 0}, ["reward.concurrency=0", ">= 1"]),
+        ({"endpoint_file": "f", "max_missing_share": 1.5}, ["reward.max_missing_share=1.5", "<= 1.0"]),
+        ({"endpoint_file": "f", "token_file": "nowhere"}, ["reward.token_file='nowhere'", "no such file"]),
+    ],
+)
+def test_bad_client(changes: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        RewardClientConfig(**changes).check("reward")
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "node17"])
+def test_beyond_loopback_needs_a_token(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="token_file.*LRPO_REWARD_TOKEN"):
+        RewardServerConfig(host=host).check()
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    token.chmod(0o600)
+    RewardServerConfig(host=host, token_file=str(token)).check()
+    monkeypatch.setenv("LRPO_REWARD_TOKEN", "secret")
+    RewardServerConfig(host=host).check()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    RewardServerConfig(host=host).check()
+
+
+def test_token_files_that_are_refused(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(" \n")
+    token.chmod(0o600)
+    with pytest.raises(ConfigError, match="k=.*is empty"):
+        read_token("k", str(token))
+    token.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        read_token("k", str(token))
+
+
+def test_addresses() -> None:
+    assert parse_endpoint("k", "node17:8010") == ("node17", 8010)
+    assert parse_endpoint("k", "[::1]:8010") == ("::1", 8010)
+    assert Endpoint("::1", 8010).address == "[::1]:8010"
+
+
+def test_an_endpoint_file_is_read_back_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "reward.json"
+    endpoint = Endpoint("127.0.0.1", 8010, 42, "/run/token")
+    endpoint.write(path)
+    assert Endpoint.read(path) == endpoint
+    assert [file.name for file in path.parent.iterdir()] == ["reward.json"]
+    for text in ("", "{}", "[]", '{"host": "h", "port": "1"}', '{"host": "h", "port": 1, "what": 2}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="reward.json is no endpoint file"):
+            Endpoint.read(path)

@@ -1,0 +1,294 @@
+"""A run as a page of Markdown with plots: what training brought, per language, and what the router learned.
+
+    python tools/report.py --run results/demo/run --before before.json --after after.json --out results/demo/report
+
+Reads metrics.jsonl and rollouts.jsonl of the run, the router's state inside its model.nemo, and two evaluations by
+nemo_lrpo.evaluate of the same questions. Writes report.md and PNG plots into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+Records = list[dict[str, Any]]
+
+
+class ReportError(ValueError):
+    """An input is missing or is not what the tool that writes it would have written."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Mean reward of one language before and after, over the same questions, with a 95 % interval of the difference."""
+
+    language: str
+    count: int
+    before: float
+    after: float
+    low: float
+    high: float
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+
+def read_lines(path: Path) -> Records:
+    """A file of JSON objects, one a line. Raises ReportError naming the file and the line."""
+    if not path.is_file():
+        raise ReportError(f"{path}: no such file.")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ReportError(f"{path}:{number}: not JSON ({error}).") from error
+    return records
+
+
+def read_router(nemo: Path) -> dict[str, Any] | None:
+    """The router's final state from a .nemo; None where there is none."""
+    if not nemo.is_file():
+        return None
+    with tarfile.open(nemo) as archive:
+        member = archive.extractfile("./lrpo_router.json")
+        return None if member is None else json.load(member)
+
+
+def gains(before: Records, after: Records, samples: int = 2000) -> list[Gain]:
+    """By language and, first, over all (`all`): paired by sample id, percentile bootstrap over questions."""
+    rewards = {record["sample_id"]: record for record in before if record["score"]}
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for record in after:
+        other = rewards.get(record["sample_id"])
+        if other is not None and record["score"]:
+            pair = (other["score"]["reward"], record["score"]["reward"])
+            pairs.setdefault("all", []).append(pair)
+            pairs.setdefault(record["language"], []).append(pair)
+    if not pairs:
+        raise ReportError("the two evaluations share no scored question.")
+    generator = np.random.default_rng(0)
+    result = []
+    for language in ["all", *sorted(set(pairs) - {"all"})]:
+        values = np.array(pairs[language])
+        difference = values[:, 1] - values[:, 0]
+        means = difference[generator.integers(len(difference), size=(samples, len(difference)))].mean(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        mean = values.mean(axis=0)
+        result.append(Gain(language, len(values), float(mean[0]), float(mean[1]), float(low), float(high)))
+    return result
+
+
+def series(records: Records, key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, where it was logged."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def smooth(values: Sequence[float], window: int = 5) -> np.ndarray:
+    """Running mean over the last `window` values."""
+    return np.array([np.mean(values[max(0, index - window + 1) : index + 1]) for index in range(len(values))])
+
+
+def plot_gains(rows: Sequence[Gain], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    positions = np.arange(len(rows))
+    axes.bar(positions - 0.2, [row.before for row in rows], 0.4, label="base model", color="#9aa5b1")
+    axes.bar(positions + 0.2, [row.after for row in rows], 0.4, label="after LRPO", color="#2f6fb0")
+    axes.set_xticks(positions, [row.language for row in rows])
+    axes.set_ylabel("mean reward, test questions")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_training(train: Records, validation: Records, path: Path) -> None:
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.4))
+    for axes, (key, title) in zip(panels, (("reward", "reward"), ("gate", "gate rate"), ("ended", "ended"))):
+        steps, values = series(train, key)
+        axes.plot(steps, values, color="#c3d3e6", linewidth=1)
+        axes.plot(steps, smooth(values), color="#2f6fb0", label="rollouts, mean of 5 steps")
+        steps, values = series(validation, key)
+        axes.plot(steps, values, "o-", color="#c0504d", label="validation")
+        axes.set_title(title)
+        axes.set_xlabel("step")
+    panels[0].legend()
+    _save(figure, path)
+
+
+def plot_router(train: Records, path: Path) -> None:
+    """What slots were drawn from, over the steps."""
+    keys = sorted({key for record in train for key in record if key.startswith("router/probability/")})
+    figure, axes = plt.subplots(figsize=(9, 4))
+    colours = plt.get_cmap("tab20").colors
+    for index, key in enumerate(keys):
+        steps, values = series(train, key)
+        axes.plot(steps, values, label=key.rpartition("/")[2], color=colours[index % len(colours)])
+    axes.axhline(1 / max(1, len(keys)), color="black", linewidth=0.8, linestyle="--", label="uniform")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean probability of a drawn slot")
+    axes.legend(ncol=8, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.18))
+    _save(figure, path)
+
+
+def plot_tables(router: dict[str, Any], path: Path) -> None:
+    """The router's values: a row per topic and region, a column per language."""
+    tables = [("topics", "topic_values"), ("regions", "region_values")]
+    names, rows = [], []
+    for labels, key in tables:
+        names += list(router.get(labels, []))
+        rows += list(router.get(key, []))
+    values = np.array(rows, dtype=float)
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.2))
+    limit = np.abs(values).max() or 1.0
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(len(router["languages"])), router["languages"])
+    axes.set_yticks(range(len(names)), names)
+    figure.colorbar(image, ax=axes, label="value")
+    _save(figure, path)
+
+
+def movement(train: Records) -> tuple[float, list[tuple[str, float]]]:
+    """How far the router is from uniform at the end (total variation), and its languages by probability."""
+    last = next((r for r in reversed(train) if any(k.startswith("router/probability/") for k in r)), None)
+    if last is None:
+        return 0.0, []
+    shares = {k.rpartition("/")[2]: v for k, v in last.items() if k.startswith("router/probability/")}
+    distance = 0.5 * sum(abs(share - 1 / len(shares)) for share in shares.values())
+    return distance, sorted(shares.items(), key=lambda item: -item[1])
+
+
+def drawn_reward(train: Records, first: int, last: int) -> float:
+    """Mean reward of the rollouts of steps first..last (1-based, inclusive)."""
+    values = [record["reward"] for record in train if first <= record["step"] <= last and "reward" in record]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def write(run: Path, before: Path, after: Path, out: Path) -> Path:
+    """Write the report; returns the path of report.md."""
+    records = read_lines(run / "metrics.jsonl")
+    train = [record for record in records if record.get("kind") == "train"]
+    validation = [record for record in records if record.get("kind") == "validation"]
+    if not train:
+        raise ReportError(f"{run / 'metrics.jsonl'}: no training step was logged.")
+    before_answers, after_answers = (read_lines(path.with_suffix(".jsonl")) for path in (before, after))
+    rows = gains(before_answers, after_answers)
+    out.mkdir(parents=True, exist_ok=True)
+    plot_gains(rows, out / "languages.png")
+    plot_training(train, validation, out / "training.png")
+    plot_router(train, out / "router.png")
+    router = read_router(run / "model.nemo")
+    learned = router is not None and "topic_values" in router
+    if learned:
+        plot_tables(router, out / "tables.png")
+
+    whole, languages = rows[0], rows[1:]
+    better = sum(row.difference > 0 for row in languages)
+    distance, shares = movement(train)
+    window = max(1, len(train) // 5)
+    lines = [
+        "# LRPO: report of a run",
+        "",
+        f"{len(train)} steps; {int(train[-1]['count'])} rollouts a step.",
+        "",
+        "## Held-out questions, before and after",
+        "",
+        f"Mean reward {whole.before:.3f} -> {whole.after:.3f} "
+        f"(difference {whole.difference:+.3f}, 95 % interval {whole.low:+.3f} to {whole.high:+.3f}, "
+        f"{whole.count} questions); better in {better} of {len(languages)} languages.",
+        "",
+        "| language | questions | base | after | difference | 95 % interval |",
+        "|---|---:|---:|---:|---:|---|",
+        *(
+            f"| {row.language} | {row.count} | {row.before:.3f} | {row.after:.3f} | {row.difference:+.3f} "
+            f"| {row.low:+.3f} to {row.high:+.3f} |"
+            for row in rows
+        ),
+        "",
+        "![reward by language](languages.png)",
+        "",
+        "## Training",
+        "",
+        f"Mean reward of the rollouts: {drawn_reward(train, 1, window):.3f} in the first {window} steps, "
+        f"{drawn_reward(train, len(train) - window + 1, len(train)):.3f} in the last {window}.",
+        "",
+        "![training curves](training.png)",
+        "",
+        "## Router",
+        "",
+        f"Distance from uniform at the end (total variation): {distance:.3f}. Most drawn: "
+        + ", ".join(f"{language} {share:.3f}" for language, share in shares[:5])
+        + ".",
+        "",
+        "![probabilities](router.png)",
+        "",
+    ]
+    if learned:
+        lines += ["Values of the tables (topics, then regions):", "", "![tables](tables.png)", ""]
+    lines += ["## Seconds of a step", "", "| part | median | share |", "|---|---:|---:|"]
+    parts = sorted({key for record in train for key in record if key.startswith("time/")} - {"time/step"})
+    total = float(np.median([record["time/step"] for record in train]))
+    for key in parts:
+        median = float(np.median([record.get(key, 0.0) for record in train]))
+        lines.append(f"| {key.partition('/')[2]} | {median:.3f} | {100 * median / total:.1f} % |")
+    lines += [f"| all | {total:.3f} | |", "", "## Answers", ""]
+    lines += sample_table(before_answers, after_answers)
+    path = out / "report.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def sample_table(before: Records, after: Records) -> list[str]:
+    """The first question of each language, answered by both models."""
+    previous = {record["sample_id"]: record for record in before}
+    lines = ["| language | question | reference | base | after |", "|---|---|---|---|---|"]
+    seen = set()
+    for record in after:
+        if record["language"] in seen or record["sample_id"] not in previous:
+            continue
+        seen.add(record["language"])
+        answers = (previous[record["sample_id"]], record)
+        cells = [
+            f"{answer['response']} ({answer['score']['reward']:.2f})" if answer["score"] else answer["response"]
+            for answer in answers
+        ]
+        row = [record["language"], record["question"], record["reference"], *cells]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
+    return lines
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run_dir of nemo_lrpo.train")
+    parser.add_argument("--before", type=Path, required=True, help="evaluation of the base model (JSON)")
+    parser.add_argument("--after", type=Path, required=True, help="evaluation of the trained model (JSON)")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the report")
+    options = parser.parse_args(arguments)
+    try:
+        path = write(options.run, options.before, options.after, options.out)
+    except ReportError as error:
+        sys.exit(f"ReportError: {error}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
