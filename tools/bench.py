@@ -34,7 +34,11 @@ def reward_server(endpoint: Path, log: Path) -> Iterator[None]:
     command = [sys.executable, "-m", "nemo_lrpo.serve_rewards", "--config-name", "demo_rewards"]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, f"server.endpoint_file={endpoint}"], cwd=ROOT, env=_environment(), stdout=output, stderr=output
+            [*command, f"endpoint_file={endpoint}", f"triton_log={log}.triton"],
+            cwd=ROOT,
+            env=_environment(),
+            stdout=output,
+            stderr=output,
         )
         try:
             yield

@@ -230,7 +230,8 @@ def _model(config: TrainConfig, total_updates: int) -> DictConfig:
             model.setdefault(key, None)
         model.setdefault("data", {})
         model.data.setdefault("dataloader_type", "single")
-        schedule = model.optim.get("sched")
-        if schedule is not None and schedule.get("max_steps") is None:
-            schedule.max_steps = total_updates
+        schedule = model.optim.pop("sched", None)
+        if schedule is not None:
+            # NeMo does not take null for "no schedule", and would size one by a data loader that is not ours.
+            model.optim.sched = {"max_steps": total_updates, **schedule}
     return model

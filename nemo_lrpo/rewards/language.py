@@ -34,7 +34,6 @@ _NOT_PROSE = re.compile(
     | [\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{1,64}
     | <\|[^|>\n]{1,60}\|>                               # special tokens of a chat template
     | </?[A-Za-z][^<>]{0,300}>                          # mark-up
-    | \d+
     """,
     re.VERBOSE,
 )
@@ -48,7 +47,8 @@ _CODE_LINE = re.compile(
     | \#\s?include\s*[<"].*
     | (?:for|while|if|elif|switch|catch|with)\b.*[=<>(\[].*[:{]
     | for\s+\w+\s+in\s+\w+[(.:\[].*
-    | return\s+\S+(?:\s*[-+*/%&|=<>]+\s*\S+)*;?
+    | return\s+[\w.]+;?
+    | return\s(?=.*[+*/%&|=<>(\[{]).*[^.!?]
     | [A-Za-z_][\w.\[\]]*\s*(?:[-+*/|&]?=|:=|<-)\s*\S.*
     | [A-Za-z_][\w.]*\([^()]*(?:\([^()]*\)[^()]*)*\)\s*[;:{]?
     | .*\w\(.*\)\s*[;{]
@@ -90,11 +90,9 @@ def prose(text: str) -> str:
     surrogates."""
     text = _NOT_PROSE.sub(" ", text.encode("utf-8", "ignore").decode("utf-8").replace("\r", "\n"))
     lines = (line.strip() for line in text.split("\n"))
-    kept = " ".join(
-        line for line in lines if len(line) > _LONGEST_CODE_LINE or not _CODE_LINE.fullmatch(line)
-    )
+    kept = " ".join(line for line in lines if len(line) > _LONGEST_CODE_LINE or not _CODE_LINE.fullmatch(line))
     # NUL and other control characters end a token for fastText or reach its C strings.
-    return " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in kept).split())
+    return " ".join("".join(" " if c.isdecimal() or unicodedata.category(c) == "Cc" else c for c in kept).split())
 
 
 def count_letters(text: str) -> int:

@@ -16,6 +16,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +71,7 @@ class RewardServer:
         port = config.port or free_port(config.host)
         # Short: the names of Unix sockets in it are limited to 107 bytes.
         self._workspace = Path(tempfile.mkdtemp(prefix="lrpo-reward-"))
+        self._log_file().parent.mkdir(parents=True, exist_ok=True)
         self._triton = _FixedModelsTriton(
             config=TritonConfig(
                 allow_http=False,
@@ -121,7 +123,10 @@ class RewardServer:
             except (OSError, ValueError):
                 pass
         if self._triton is not None:
-            self._triton.stop()
+            with warnings.catch_warnings():
+                # PyTriton asks over gRPC whether Triton is still alive, and warns that this has no timeout.
+                warnings.simplefilter("ignore")
+                self._triton.stop()
             self._triton = None
         if self._workspace is not None:
             shutil.rmtree(self._workspace, ignore_errors=True)

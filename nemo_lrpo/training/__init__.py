@@ -1,1 +1,1 @@
-"""The training loop: the step, checkpoints, evaluation, metrics. Never imports Megatron; the actor comes by protocol."""
+"""The training loop: the step, checkpoints, evaluation, metrics. Never imports Megatron; actors come by protocol."""

