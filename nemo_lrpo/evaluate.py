@@ -9,6 +9,7 @@ Each question is answered once, in its own language. `--help` prints the whole c
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import hydra
@@ -39,19 +40,18 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     prompts = prompts[: evaluation.limit] if evaluation.limit else prompts
     renderer = PromptRenderer(open_tokenizer(config.pretrained_checkpoint.restore_from_path), config.prompt)
     prompts = renderer.fitting(prompts, config.data.languages)
-    rewards = RewardClient(config.reward)
-    rewards.check_server(config.data.languages)
-    actor = MegatronActor(build_policy(config, total_updates=1, resume_from=None, training=False), config)
-    result = evaluate(
-        actor,
-        rewards,
-        renderer,
-        prompts,
-        seed=config.seed,
-        temperature=evaluation.temperature,
-        max_missing_share=config.reward.max_missing_share,
-    )
-    rewards.close()
+    with closing(RewardClient(config.reward)) as rewards:
+        rewards.check_server(config.data.languages)
+        actor = MegatronActor(build_policy(config, total_updates=1, resume_from=None, training=False), config)
+        result = evaluate(
+            actor,
+            rewards,
+            renderer,
+            prompts,
+            seed=config.seed,
+            temperature=evaluation.temperature,
+            max_missing_share=config.reward.max_missing_share,
+        )
     if actor.is_main:
         out = Path(evaluation.out)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import hydra
@@ -55,39 +55,38 @@ def run(config: TrainConfig) -> None:
     checkpoint = CheckpointStore(Path(config.run_dir) / "checkpoints", loop.keep_checkpoints).latest()
     if checkpoint is not None:
         check_resumable(checkpoint, config.seed, router.languages)
-    rewards = RewardClient(config.reward)
-    rewards.check_server(config.data.languages)
-    policy = build_policy(
-        config,
-        total_updates=total_steps * config.algorithm.num_updates,
-        resume_from=None if checkpoint is None else checkpoint.shards,
-    )
-    actor = MegatronActor(policy, config)
-    trainer = LrpoTrainer(
-        config,
-        actor=actor,
-        router=router,
-        sampler=sampler,
-        renderer=renderer,
-        rewards=rewards,
-        validation=validation,
-        log=lambda metrics, step: policy.logger.log_metrics(dict(metrics), step),
-        total_steps=total_steps,
-        layout={
-            "tensor": config.model["tensor_model_parallel_size"],
-            "pipeline": config.model["pipeline_model_parallel_size"],
-            "data": data_parallel_size(config),
-        },
-    )
-    if checkpoint is not None:
-        trainer.load_state_dict(checkpoint)
-        if actor.is_main:
-            print(f"Continuing after step {checkpoint.state['step']} from {checkpoint.path}", flush=True)
-    trainer.fit()
-    if loop.export_nemo and trainer.finished:
-        trainer.export(Path(config.run_dir) / "model.nemo")
-    policy.logger.finalize()
-    rewards.close()
+    with closing(RewardClient(config.reward)) as rewards:
+        rewards.check_server(config.data.languages)
+        policy = build_policy(
+            config,
+            total_updates=total_steps * config.algorithm.num_updates,
+            resume_from=None if checkpoint is None else checkpoint.shards,
+        )
+        actor = MegatronActor(policy, config)
+        trainer = LrpoTrainer(
+            config,
+            actor=actor,
+            router=router,
+            sampler=sampler,
+            renderer=renderer,
+            rewards=rewards,
+            validation=validation,
+            log=lambda metrics, step: policy.logger.log_metrics(dict(metrics), step),
+            total_steps=total_steps,
+            layout={
+                "tensor": config.model["tensor_model_parallel_size"],
+                "pipeline": config.model["pipeline_model_parallel_size"],
+                "data": data_parallel_size(config),
+            },
+        )
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint)
+            if actor.is_main:
+                print(f"Continuing after step {checkpoint.state['step']} from {checkpoint.path}", flush=True)
+        trainer.fit()
+        if loop.export_nemo and trainer.finished:
+            trainer.export(Path(config.run_dir) / "model.nemo")
+        policy.logger.finalize()
 
 
 def planned_steps(config: TrainConfig, questions: int) -> int:

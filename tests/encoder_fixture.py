@@ -56,6 +56,8 @@ def build_tiny_encoder(path: Path, seed: int = 0) -> Path:
         BertModel(config).save_pretrained(source)
         fast.save_pretrained(source)
         word = models.Transformer(source, max_seq_length=128)
+        # Otherwise the temporary directory would be saved with the model.
+        word.auto_model.config._name_or_path = ""
         pooling = models.Pooling(word.get_word_embedding_dimension(), pooling_mode="mean")
         SentenceTransformer(modules=[word, pooling], device="cpu").save(str(path), create_model_card=False)
     return Path(path)

@@ -169,23 +169,21 @@ def measure(
             f"--data: no fact is there in two languages (languages: {', '.join(facts)}); the texts of one fact_id "
             "must be translations of each other."
         )
-    used: dict[str, dict[str, set[str]]] = {language: defaultdict(set) for language in facts}
+    used: dict[str, set[str]] = {language: set() for language in facts}
     meaning: dict[str, dict[str, set[str]]] = {language: defaultdict(set) for language in facts}
     for language, by_fact in facts.items():
         for fact, texts in by_fact.items():
             for text in texts:
                 meaning[language][text].add(fact)
     for (a, b), comparisons in drawn.items():
-        for left, right, other, fact in comparisons:
-            used[a][left].add(fact)
-            used[b][right].add(fact)
-            if other:
-                used[b][other] |= meaning[b][other]
-    texts = list(dict.fromkeys(text for by_text in used.values() for text in sorted(by_text)))
+        for left, right, other, _ in comparisons:
+            used[a].add(left)
+            used[b] |= {right, other} - {""}
+    pool = {language: sorted(texts) for language, texts in used.items()}
+    texts = list(dict.fromkeys(text for language in pool for text in pool[language]))
     row_of = {text: i for i, text in enumerate(texts)}
     vectors = encode(texts)
 
-    pool = {language: sorted(by_text) for language, by_text in used.items()}
     equivalent: dict[Pair, Moments] = {}
     mismatch: dict[Pair, Moments] = {}
     hardest: dict[Pair, Moments] = {}

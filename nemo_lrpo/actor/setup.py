@@ -177,7 +177,7 @@ def _exp_manager(config: TrainConfig) -> dict[str, Any]:
     """Loggers only: checkpoints and resume are ours, nothing is parsed from a file name."""
     return {
         "exp_dir": None,
-        "explicit_log_dir": str(Path(config.run_dir).resolve()),
+        "explicit_log_dir": str((Path(config.run_dir) / "logs").resolve()),
         "create_checkpoint_callback": False,
         "resume_if_exists": False,
         "log_step_timing": False,

@@ -50,6 +50,7 @@ class SentenceEncoder:
 
     def __init__(self, config: EncoderConfig):
         config.check("encoder")
+        from safetensors import SafetensorError
         from sentence_transformers import SentenceTransformer
 
         path = str(config.path)
@@ -61,7 +62,7 @@ class SentenceEncoder:
                 trust_remote_code=False,
                 model_kwargs={"use_safetensors": True},
             ).eval()
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
             raise ConfigError(f"encoder.path={path!r} cannot be loaded on device {config.device!r}: {error}") from error
         limit = self._model.get_max_seq_length()
         if config.max_tokens is not None:
@@ -75,19 +76,23 @@ class SentenceEncoder:
             raise ConfigError(f"encoder.path={path!r} gives embeddings that are not finite; its weights are broken.")
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> NDArray[np.float32]:
-        """[N, D], one row of length 1 per text, in order. `progress` shows a bar on standard error."""
+        """[N, D], one row of length 1 per text, in order; zeros for a text of white space alone, which means nothing and
+        which some tokenizers give no token. `progress` shows a bar on standard error."""
         # Tokenizers refuse lone surrogates, which a decoder cut in the middle of a character may leave.
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        with self._lock:
-            # The library sorts by length before it cuts batches, and restores the order.
-            rows = self._model.encode(
-                clean,
-                batch_size=self._batch_size,
-                show_progress_bar=progress,
-                convert_to_numpy=True,
-                normalize_embeddings=True,
-            )
-        return np.asarray(rows, dtype=np.float32)
+        places = [i for i, text in enumerate(clean) if text.strip()]
+        rows = np.zeros((len(clean), int(self._model.get_sentence_embedding_dimension())), dtype=np.float32)
+        if places:
+            with self._lock:
+                # The library sorts by length before it cuts batches, and restores the order.
+                rows[places] = self._model.encode(
+                    [clean[i] for i in places],
+                    batch_size=self._batch_size,
+                    show_progress_bar=progress,
+                    convert_to_numpy=True,
+                    normalize_embeddings=True,
+                )
+        return rows
 
 
 class ReferenceSimilarity:

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
@@ -48,7 +48,7 @@ _REMINDER_S = 15.0
 class RewardFuture:
     """The scores of one submission, under way."""
 
-    def __init__(self, where: str, deadline: float, deadline_s: float) -> None:
+    def __init__(self, where: Callable[[], str], deadline: float, deadline_s: float) -> None:
         self._where = where
         self._deadline = deadline
         self._deadline_s = deadline_s
@@ -70,7 +70,7 @@ class RewardFuture:
                 duplicated += reply.duplicated
                 invalid += reply.invalid
         except FutureTimeoutError:
-            raise RewardDeadlineExceeded(_too_slow(self._where, self._deadline_s)) from None
+            raise RewardDeadlineExceeded(_too_slow(self._where(), self._deadline_s)) from None
         finally:
             # After an error nobody waits for the rest.
             for _, part in self._parts:
@@ -106,7 +106,7 @@ class RewardClient:
                 raise ValueError(f"sample id {request.sample_id!r} is submitted twice; rewards are joined by it.")
             seen.add(request.sample_id)
         deadline = time.monotonic() + self._config.deadline_s
-        pending = RewardFuture(self._where(), deadline, self._config.deadline_s)
+        pending = RewardFuture(self._where, deadline, self._config.deadline_s)
         size = self._config.max_texts_per_request
         for start in range(0, len(requests), size):
             chunk = list(requests[start : start + size])

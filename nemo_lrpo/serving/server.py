@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
 import sysconfig
 import tempfile
 import threading
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from pytriton.model_config import ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig, TritonLifecyclePolicy
@@ -60,6 +62,7 @@ class RewardServer:
         self._token = (read_token("token_file", config.token_file) or "").encode()
         self._triton: Triton | None = None
         self._workspace: Path | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Endpoint:
         """Start Triton and wait until both models answer. Raises RewardServerFailed, naming the log, if they do not.
@@ -98,6 +101,7 @@ class RewardServer:
             said = self._log_tail()
             self.stop()
             raise RewardServerFailed(f"Triton did not start on {config.host}:{port} ({error}).{said}") from error
+        self._reaper = _start_reaper(self._triton.processes(), self._workspace)
         token_file = None if config.token_file is None else str(Path(config.token_file).resolve())
         everywhere = config.host in ("0.0.0.0", "::")
         host = config.advertise_host or (socket.gethostname() if everywhere else config.host)
@@ -128,6 +132,10 @@ class RewardServer:
                 warnings.simplefilter("ignore")
                 self._triton.stop()
             self._triton = None
+        if self._reaper is not None:
+            self._reaper.kill()
+            self._reaper.communicate()
+            self._reaper = None
         if self._workspace is not None:
             shutil.rmtree(self._workspace, ignore_errors=True)
             self._workspace = None
@@ -204,6 +212,17 @@ def provide_libpython() -> None:
         os.environ["LD_LIBRARY_PATH"] = ":".join([*paths, directory])
 
 
+def _start_reaper(processes: list[int], workspace: Path) -> subprocess.Popen[bytes]:
+    """A process that, should this one be killed, kills Triton's at once and removes the workspace.
+
+    Left to themselves, Triton's workers keep the connections open for half a minute after the scorer has died, and
+    clients wait for nothing. The pipe closes with this process, however it ends.
+    """
+    script = 'read -r _; workspace=$1; shift; kill -9 "$@" 2>/dev/null; sleep 1; rm -rf -- "$workspace"'
+    command = ["/bin/sh", "-c", script, "lrpo-reward-reaper", str(workspace), *map(str, processes)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
 def _infer_function(answer: Callable[[bytes], bytes]) -> Callable[..., list[dict[str, NDArray[np.uint8]]]]:
     def infer(requests: list[Any]) -> list[dict[str, NDArray[np.uint8]]]:
         replies = [answer(request.data[schema.REQUEST_TENSOR].tobytes()) for request in requests]
@@ -226,6 +245,11 @@ class _FixedModelsTriton(Triton):
         # Clients need inference, health and metadata. The rest is closed by a value that is thrown away.
         closed = "model-config,model-repository,shared-memory,statistics,trace,logging"
         self._triton_server_config["grpc_restricted_protocol"] = f"{closed}:closed={secrets.token_hex(16)}"
+
+    def processes(self) -> list[int]:
+        """Ids of the running tritonserver and its workers."""
+        server = psutil.Process(self._triton_server._tritonserver_running_cmd.pid)
+        return [server.pid, *(child.pid for child in server.children(recursive=True))]
 
     def _wait_for_server(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

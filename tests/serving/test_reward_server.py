@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from encoder_fixture import SENTENCES, build_tiny_encoder
-from nemo_lrpo.rewards.scorer import RewardScorer
 
 from nemo_lrpo.config.reward import RewardClientConfig, ServeRewardsConfig
+from nemo_lrpo.rewards.scorer import RewardScorer
 from nemo_lrpo.serving.client import RewardClient
 from nemo_lrpo.serving.endpoint import Endpoint
 from nemo_lrpo.serving.errors import (
@@ -255,11 +255,15 @@ def test_a_restarted_server_is_found_and_a_killed_one_named(
     client = victim.client(deadline_s=60.0, connect_timeout_s=1.5)
     patient = victim.client(deadline_s=60.0, connect_timeout_s=60.0)
     assert len(patient.submit(REQUESTS).result()) == len(REQUESTS)
+    # Killed while it scores: stopped first, so that the requests have arrived and no reply has left.
+    victim.process.send_signal(signal.SIGSTOP)
+    pending = client.submit(REQUESTS)
+    time.sleep(0.5)
     victim.process.kill()
     started = time.monotonic()
     with pytest.raises(RewardServerUnavailable, match=r"127.0.0.1:\d+ \(reward.endpoint_file=.*reward.json\)"):
-        client.submit(REQUESTS).result()
-    assert time.monotonic() - started < 4.0
+        pending.result()
+    assert time.monotonic() - started < 10.0, "far below the deadline"
     waiting = patient.submit(REQUESTS)
     with serve(encoder, victim.endpoint_file.parent) as reborn:
         assert_equal_scores(waiting.result(), expected)

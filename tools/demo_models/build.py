@@ -70,7 +70,7 @@ def _hash(*paths: Path, text: str = "") -> str:
     return digest.hexdigest()
 
 
-def _facts(data: Path) -> list:
+def world_facts(data: Path) -> list:
     """The facts of the world that `data` was made from."""
     from demo_world import build_facts
 
@@ -106,7 +106,7 @@ def _build_base(data: Path, target: Path, seed: int) -> None:
     from demo_models.tokenizer import train_tokenizer
     from demo_world import LANGUAGES
 
-    facts = _facts(data)
+    facts = world_facts(data)
     texts = [text for fact in facts for name in LANGUAGES for text in (fact.question(name), fact.answer(name))]
     texts += [text for texts_ in _parallel(data, None).values() for text in texts_.values()]
     tokenizer = train_tokenizer(texts, LANGUAGES)
@@ -146,7 +146,7 @@ def parallel_sentences(data: Path, split: str) -> list:
     """`encoder.Sentence`s of a split: facts with their wrong answers, phrases with others of their kind."""
     from demo_models.encoder import Sentence
 
-    facts = {fact.fact_id: fact for fact in _facts(data)}
+    facts = {fact.fact_id: fact for fact in world_facts(data)}
     texts = _parallel(data, split)
     kinds = defaultdict(list)
     for name in texts:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,24 +42,27 @@ def measure_knowledge(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[Question],
-    identify: Callable[[str], str],
+    identify: Callable[[Sequence[str]], Sequence[str | None]],
     temperature: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Knowledge]:
-    """`Knowledge` per language of the tag. identify: text -> ISO 639-1 code. temperature 0 is greedy."""
+    """`Knowledge` per language of the tag. identify: texts -> ISO 639-1 codes, None where it abstains.
+
+    temperature 0 is greedy."""
     prompts = ExampleEncoder(tokenizer).prompts([(question.text, question.language) for question in questions])
     answers = sample(model, tokenizer, prompts, temperature, seed=seed)
+    spoken = identify(answers)
 
     def rate(hits: Sequence[bool]) -> float:
         return float(np.mean(hits)) if hits else float("nan")
 
     result = {}
     for language in sorted({question.language for question in questions}):
-        rows = [(q, answer) for q, answer in zip(questions, answers, strict=True) if q.language == language]
+        rows = [row for row in zip(questions, answers, spoken, strict=True) if row[0].language == language]
         result[language] = Knowledge(
-            following=rate([identify(answer) == language for _, answer in rows]),
-            known=rate([answer == q.answer for q, answer in rows if q.known]),
-            unknown=rate([answer == q.answer for q, answer in rows if not q.known]),
+            following=rate([found == language for _, _, found in rows]),
+            known=rate([answer == q.answer for q, answer, _ in rows if q.known]),
+            unknown=rate([answer == q.answer for q, answer, _ in rows if not q.known]),
         )
     return result
 
@@ -92,3 +97,52 @@ def measure_separation(
     scores = torch.cat([(reference * right).sum(-1), (reference * wrong_).sum(-1)]).numpy()
     labels = np.repeat([1, 0], len(scores) // 2)
     return float(roc_auc_score(labels, scores))
+
+
+def knowledge_questions(facts: Iterable[Any], seed: int = 0, unknown_share: float = 0.3) -> list[Question]:
+    """Each fact in each language that knows it, and in a share of the others; half of the questions cross-lingual."""
+    from demo_world import LANGUAGES, known_languages
+
+    rng = np.random.default_rng(seed)
+    questions = []
+    for fact in facts:
+        for language in LANGUAGES:
+            known = language in known_languages(fact)
+            asked = language if rng.random() < 0.5 else LANGUAGES[rng.integers(len(LANGUAGES))]
+            if known or rng.random() < unknown_share:
+                questions.append(Question(fact.question(asked), language, known, fact.answer(language)))
+    return questions
+
+
+def print_measures(data: Path, models: Path) -> None:
+    """Print what the models in `models` know and how well they judge, on the world of `data`."""
+    from demo_world import LANGUAGES
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from demo_models.build import parallel_sentences, world_facts
+    from nemo_lrpo.config.scoring import LanguageIdConfig
+    from nemo_lrpo.rewards.language import LanguageIdentifier
+
+    tokenizer = AutoTokenizer.from_pretrained(str((models / "base").resolve()), local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(str((models / "base").resolve()), attn_implementation="eager").eval()
+    identifier = LanguageIdentifier(LanguageIdConfig(), list(LANGUAGES))
+    questions = knowledge_questions(world_facts(data))
+
+    def identify(texts: Sequence[str]) -> list[str | None]:
+        return [found.language for found in identifier.identify(texts)]
+
+    for temperature in (1.0, 0.0):
+        result = measure_knowledge(model, tokenizer, questions, identify, temperature)
+        print(f"temperature {temperature:g}: following known unknown")
+        for language, rates in result.items():
+            print(f"  {language}  {rates.following:9.2f} {rates.known:5.2f} {rates.unknown:7.2f}")
+        means = [
+            np.nanmean([getattr(rates, name) for rates in result.values()]) for name in ("following", "known", "unknown")
+        ]
+        print("  all {:8.2f} {:5.2f} {:7.2f}".format(*means))
+    encoder = AutoModel.from_pretrained(str((models / "encoder").resolve())).eval()
+    for split in ("train", "heldout"):
+        facts = {fact.fact_id for fact in world_facts(data)}
+        sentences = [sentence for sentence in parallel_sentences(data, split) if sentence.fact_id in facts]
+        same, cross = (measure_separation(encoder, tokenizer, sentences, flag) for flag in (False, True))
+        print(f"encoder AUC, {split} facts: {same:.3f} in one language, {cross:.3f} across two")

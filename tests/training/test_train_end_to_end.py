@@ -1,0 +1,276 @@
+"""The training entry point as a user runs it: real model, real reward server, real checkpoints, several layouts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import string
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from encoder_fixture import build_tiny_encoder
+from launch import ROOT, run
+
+pytestmark = pytest.mark.slow
+
+LANGUAGES = ("de", "en", "ja")
+QUESTIONS = {
+    "de": ("Wie heißt die Währung von {}?", "Die Währung von {} heißt {}."),
+    "en": ("What is the currency of {}?", "The currency of {} is the {}."),
+    "ja": ("{}の通貨は何ですか。", "{}の通貨は{}です。"),
+}
+CURRENCIES = (("Japan", "Yen"), ("Kenya", "Shilling"), ("Peru", "Sol"), ("Israel", "Shekel"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve questions in three languages, one of them with its language fixed."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = []
+    for language, (question, answer) in QUESTIONS.items():
+        for index, (country, currency) in enumerate(CURRENCIES):
+            text = question.format(country)
+            rows.append(
+                {
+                    "prompt": [{"role": "user", "content": text}],
+                    "question": text,
+                    "answer": answer.format(country, currency),
+                    "reward_model": {"ground_truth": answer.format(country, currency), "style": "model"},
+                    "ability": "Translation" if index == 3 else "Regional Knowledge",
+                    "extra_info": {
+                        "id": f"{country}-{language}",
+                        "language": language,
+                        "region": ["Asia", "Africa", "America", "Asia"][index],
+                    },
+                }
+            )
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A reward server with a random encoder; undecided languages pass, so that random text earns something."""
+    directory = tmp_path_factory.mktemp("rewards")
+    endpoint_file = directory / "reward.json"
+    command = [
+        sys.executable,
+        "-m",
+        "nemo_lrpo.serve_rewards",
+        f"languages=[{','.join(LANGUAGES)}]",
+        f"encoder.path={build_tiny_encoder(directory / 'encoder')}",
+        "encoder.device=cpu",
+        "calibration.method=none",
+        "language_id.on_abstain=pass",
+        "language_id.min_confidence=0.99",
+        f"endpoint_file={endpoint_file}",
+        f"triton_log={directory / 'triton.log'}",
+    ]
+    with tempfile.TemporaryDirectory(prefix="lrpo-") as scratch, (directory / "server.log").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": scratch, "OMP_NUM_THREADS": "1"}
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 120
+            while not endpoint_file.exists():
+                assert server.poll() is None and time.monotonic() < deadline, (directory / "server.log").read_text()
+                time.sleep(0.1)
+            yield endpoint_file
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(timeout=30)
+
+
+class Launcher:
+    """Starts training runs that share model, data and server."""
+
+    def __init__(self, nemo: Path, data: Path, endpoint: Path):
+        self._settings = {
+            "pretrained_checkpoint.restore_from_path": nemo,
+            "data.train": data,
+            "data.validation": "null",
+            "data.languages": f"[{','.join(LANGUAGES)}]",
+            "reward.endpoint_file": endpoint,
+            "router.update_every": 2,
+            "router.reserved_slots": 1,
+            "rollout.micro_batch_size": 8,
+            "rollout.max_new_tokens": 8,
+            "trainer.lrpo.prompts_per_step": 4,
+            "trainer.lrpo.rollouts_per_prompt": 4,
+            "trainer.lrpo.max_steps": 4,
+            "trainer.lrpo.max_epochs": 2,
+            "trainer.lrpo.save_interval": 2,
+            "trainer.lrpo.val_check_interval": 0,
+            "trainer.lrpo.log_samples": 16,
+            # Random text hardly ever ends by itself, and what has not ended does not train: let any letter end it.
+            "rollout.end_strings": f"[{','.join(string.ascii_lowercase)}]",
+            "model.micro_batch_size": 4,
+            "model.optim.lr": 1e-3,
+            "model.optim.sched": "{name: CosineAnnealing, warmup_steps: 1, constant_steps: 0, min_lr: 1e-5}",
+        }
+
+    def __call__(self, run_dir: Path, *, ranks: int = 1, expect: int = 0, **changes: object) -> str:
+        """Train; keys of `changes` have `__` for dots. Returns what the run printed."""
+        settings = {**self._settings, "run_dir": run_dir, "trainer.devices": ranks}
+        settings |= {key.replace("__", "."): value for key, value in changes.items()}
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        arguments = ["-m", "nemo_lrpo.train", "--config-name", "demo", *overrides]
+        return run(arguments, ranks=ranks, expect=expect).stdout
+
+
+@pytest.fixture(scope="module")
+def train(tiny_nemo: Path, data: Path, endpoint: Path) -> Launcher:
+    return Launcher(tiny_nemo, data, endpoint)
+
+
+@pytest.fixture(scope="module")
+def whole(train: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps without a break."""
+    path = tmp_path_factory.mktemp("whole")
+    train(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def half(train: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, stopped after two steps."""
+    path = tmp_path_factory.mktemp("half")
+    train(path, trainer__lrpo__stop_after_steps=2)
+    assert not (path / "model.nemo").exists()
+    return path
+
+
+def records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text(encoding="utf-8").splitlines()]
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    newest = sorted((run_dir / "checkpoints").glob("step_*/state.json"))[-1]
+    return json.loads(newest.read_text(encoding="utf-8"))
+
+
+def assert_same_run(found: Path, expected: Path, relative: float) -> None:
+    """Same samples, languages, texts, rewards, losses and learning rates; same router and data state at the end."""
+    for left, right in zip(records(found), records(expected), strict=True):
+        for key, value in right.items():
+            if not key.startswith("time/") and isinstance(value, float):
+                assert left[key] == pytest.approx(value, rel=relative, abs=relative), (right["step"], key)
+    keys = ("step", "sample_id", "language", "origin", "probability", "response")
+    for left, right in zip(records(found, "rollouts.jsonl"), records(expected, "rollouts.jsonl"), strict=True):
+        assert {key: left[key] for key in keys} == {key: right[key] for key in keys}
+    left, right = state(found), state(expected)
+    assert (left["step"], left["data"], left["updates"]) == (right["step"], right["data"], right["updates"])
+    tables = ("topic_values", "region_values")
+    for table in tables:
+        for row, reference in zip(left["router"][table], right["router"][table], strict=True):
+            assert row == pytest.approx(reference, rel=relative, abs=relative)
+    without = lambda router: {key: value for key, value in router.items() if key not in (*tables, "pending")}  # noqa: E731
+    assert without(left["router"]) == without(right["router"])
+
+
+def test_a_run_trains_every_part(whole: Path) -> None:
+    log = records(whole)
+    assert [record["step"] for record in log] == [1, 2, 3, 4]
+    for record in log:
+        assert record["count"] == 16 and record["missing"] == 0
+        assert sum(record.get(f"count/{language}", 0) for language in LANGUAGES) == 16
+        assert record["policy/loss"] is not None and record["policy/grad_norm"] >= 0
+        assert {"time/generate", "time/reference", "time/score_wait", "time/update", "time/route"} <= record.keys()
+        assert sum(record[f"router/probability/{language}"] for language in LANGUAGES) == pytest.approx(1)
+    assert any(record["policy/grad_norm"] > 0 for record in log), "nothing was learned from"
+    assert log[-1]["router/probability/de"] != pytest.approx(1 / 3, abs=1e-6), "the router has not moved"
+    samples = records(whole, "rollouts.jsonl")
+    for sample in samples:
+        question_language = sample["question_language"]
+        if "Translation" in sample["topics"]:
+            assert (sample["language"], sample["origin"]) == (question_language, "fixed")
+        if sample["origin"] == "reserved":
+            assert sample["language"] == question_language
+    assert {sample["origin"] for sample in samples} == {"fixed", "reserved", "drawn"}
+
+
+def test_the_export_carries_the_router(whole: Path) -> None:
+    with tarfile.open(whole / "model.nemo") as archive:
+        router = json.load(archive.extractfile("./lrpo_router.json"))
+    assert router == state(whole)["router"]
+    assert router["languages"] == list(LANGUAGES)
+
+
+def test_a_checkpoint_holds_every_part(whole: Path) -> None:
+    saved = state(whole)
+    assert saved["step"] == saved["updates"] == 4
+    assert saved["layout"] == {"tensor": 1, "pipeline": 1, "data": 1}
+    newest = sorted((whole / "checkpoints").iterdir())[-1]
+    assert {path.name for path in newest.iterdir()} == {"shards", "state.json", "manifest.json"}
+
+
+def test_two_and_two_steps_equal_four(train: Launcher, half: Path, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(half, run_dir)
+    assert "Continuing after step 2" in train(run_dir)
+    assert_same_run(run_dir, whole, relative=1e-6)
+    assert records(run_dir)[-1]["policy/lr"] == records(whole)[-1]["policy/lr"]
+
+
+@pytest.mark.parametrize(
+    "layout", [{"model__tensor_model_parallel_size": 2}, {"model__pipeline_model_parallel_size": 2}, {}]
+)
+def test_a_run_continues_on_another_layout(
+    train: Launcher, half: Path, whole: Path, tmp_path: Path, layout: dict[str, int]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(half, run_dir)
+    train(run_dir, ranks=2, **layout)
+    assert_same_run(run_dir, whole, relative=2e-3)
+
+
+def test_without_divergence_no_reference_is_kept(train: Launcher, tmp_path: Path) -> None:
+    train(tmp_path, algorithm__kl_coefficient=0, algorithm__num_updates=2, trainer__lrpo__max_steps=1)
+    (record,) = records(tmp_path)
+    assert record["policy/kl"] == 0 and record["policy/tokens"] > 0
+
+
+def test_a_damaged_checkpoint_and_other_languages_are_refused(train: Launcher, half: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(half, run_dir)
+    assert "saved for languages de, en, ja; this run has en, ja, de" in train(
+        run_dir, expect=1, data__languages="[en,ja,de]"
+    )
+    (next((run_dir / "checkpoints").iterdir()) / "state.json").unlink()
+    output = train(run_dir, expect=1)
+    assert "CheckpointError" in output and "state.json is missing" in output and "Traceback" not in output
+
+
+def test_mistakes_end_in_one_readable_line(train: Launcher, data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    lines = data.read_text(encoding="utf-8").splitlines()
+    lines[2] = lines[2].replace('"language": "de"', '"language": "xx"')
+    broken.write_text("\n".join(lines), encoding="utf-8")
+    for changes, words in (
+        ({"data__train": broken}, ["broken.jsonl", "3", "language", "xx"]),
+        ({"data__train": "nowhere.jsonl"}, ["data.train", "nowhere.jsonl"]),
+        ({"trainer__lrpo__max_stepz": 3}, ["max_stepz"]),
+        ({"model__tensor_model_parallel_size": 2}, ["tensor_model_parallel_size", "1"]),
+    ):
+        output = train(tmp_path / "run", expect=1, **changes)
+        for word in words:
+            assert word in output
+        assert "Traceback" not in output
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_server_that_is_not_there_ends_in_its_name(train: Launcher, tmp_path: Path) -> None:
+    started = time.monotonic()
+    output = train(
+        tmp_path, expect=1, reward__endpoint_file="null", reward__endpoint="127.0.0.1:9", reward__startup_timeout_s=3
+    )
+    assert "RewardServerUnavailable" in output and "127.0.0.1:9" in output and "reward.endpoint" in output
+    assert time.monotonic() - started < 90
