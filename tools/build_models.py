@@ -9,7 +9,6 @@ data, the seed and the code stays as it is. --measure reports what the models kn
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -29,9 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="build again what is up to date")
     parser.add_argument("--measure", action="store_true", help="also print rates per language and AUC")
     options = parser.parse_args(arguments)
-    # Many small kernels: threads that spin while they wait would slow each other down on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
     from demo_models.build import BuildError, build
 
     started = time.perf_counter()
@@ -41,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             from demo_models.measure import print_measures
 
             print_measures(options.data, options.out)
-    except BuildError as error:
+    except (BuildError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     state = f"built {', '.join(built)}" if built else "up to date"

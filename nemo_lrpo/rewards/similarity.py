@@ -76,7 +76,7 @@ class SentenceEncoder:
             raise ConfigError(f"encoder.path={path!r} gives embeddings that are not finite; its weights are broken.")
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> NDArray[np.float32]:
-        """[N, D], one row of length 1 per text, in order; zeros for a text of white space alone, which means nothing and
+        """[N, D], one row of length 1 per text, in order; zeros for a text of white space alone, to
         which some tokenizers give no token. `progress` shows a bar on standard error."""
         # Tokenizers refuse lone surrogates, which a decoder cut in the middle of a character may leave.
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]

@@ -22,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from nemo_lrpo.config.data import PromptConfig
 from nemo_lrpo.data.prompts import PromptRenderer
 
-
 Row = tuple[str, str, str, str]
 """(question, its language, the language asked for, answer)"""
 Rows = Callable[[int, bool], Iterable[Row]]
@@ -43,11 +42,11 @@ class BaseModelRecipe:
     groups: int = 2
     ffn: int = 384
     context: int = 256
-    steps: int = 900
+    steps: int = 800
     batch_tokens: int = 2048
     noisy_share: float = 0.15
     matrix_lr: float = 0.02
-    other_lr: float = 4e-3
+    other_lr: float = 1e-2
     warmup: float = 0.05
 
 
@@ -162,8 +161,9 @@ def train(
     rows: Rows,
     recipe: BaseModelRecipe,
     seed: int,
+    line: int = 0,
 ) -> float:
-    """Train on `rows`; returns seconds. The seed decides the outcome.
+    """Train on `rows`; returns seconds. The seed decides the outcome. line: of the progress bar on the screen.
 
     Muon for the matrices of the layers (about half as many steps as AdamW on this task), AdamW for the rest; linear
     warm-up, cosine decay.
@@ -190,7 +190,7 @@ def train(
     source = itertools.chain(itertools.islice(stream(False), clean_steps), stream(True))
     model.train()
     smooth = None
-    with tqdm(total=recipe.steps, desc="base model", unit="step", mininterval=1.0) as bar:
+    with tqdm(total=recipe.steps, desc="base model", unit="step", mininterval=1.0, position=line) as bar:
         for tokens, labels in itertools.islice(source, recipe.steps):
             with fast_matmul():
                 loss = answer_loss(model, tokens, labels)

@@ -87,8 +87,9 @@ def train_encoder(
     sentences: Sequence[Sentence],
     recipe: EncoderRecipe,
     seed: int,
+    line: int = 0,
 ) -> float:
-    """Train on `sentences`; returns seconds. Only the seed decides the outcome.
+    """Train on `sentences`; returns seconds. The seed decides the outcome. line: of the progress bar on the screen.
 
     InfoNCE over cosine / temperature: each anchor against every true sentence of the batch and every hard negative.
     """
@@ -107,7 +108,7 @@ def train_encoder(
     model.train()
     pad = tokenizer.pad_token_id
     size = min(recipe.facts_per_batch, len(sentences))
-    for step in tqdm(range(recipe.steps), desc="encoder", unit="step", mininterval=1.0):
+    for step in tqdm(range(recipe.steps), desc="encoder", unit="step", mininterval=1.0, position=line):
         rng = np.random.default_rng((seed, step))
         anchors, positives, negatives = [], [], []
         for index in rng.choice(len(sentences), size=size, replace=False):

@@ -137,7 +137,8 @@ def print_measures(data: Path, models: Path) -> None:
         for language, rates in result.items():
             print(f"  {language}  {rates.following:9.2f} {rates.known:5.2f} {rates.unknown:7.2f}")
         means = [
-            np.nanmean([getattr(rates, name) for rates in result.values()]) for name in ("following", "known", "unknown")
+            np.nanmean([getattr(rates, name) for rates in result.values()])
+            for name in ("following", "known", "unknown")
         ]
         print("  all {:8.2f} {:5.2f} {:7.2f}".format(*means))
     encoder = AutoModel.from_pretrained(str((models / "encoder").resolve())).eval()

@@ -13,7 +13,8 @@ PAD, BOS, EOS, USER, ASSISTANT, SYSTEM = "<pad>", "<s>", "</s>", "<|user|>", "<|
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + ('</s>\n' if message['role'] == 'assistant' else '\n') }}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{{ '</s>\n' if message['role'] == 'assistant' else '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
