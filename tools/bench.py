@@ -48,7 +48,7 @@ def reward_server(endpoint: Path, log: Path) -> Iterator[None]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def train(router: str, steps: int, endpoint: Path, directory: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-for path in (ROOT, ROOT / "tools"):
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,15 +25,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build/models", help="directory of the models")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and batches (default 0)")
     parser.add_argument("--force", action="store_true", help="build again what is up to date")
+    parser.add_argument("--steps", type=int, help="of both trainings; fewer than the default gives weaker models")
     parser.add_argument("--measure", action="store_true", help="also print rates per language and AUC")
     options = parser.parse_args(arguments)
-    from demo_models.build import BuildError, build
+    from tools.demo_models.build import BuildError, build
 
     started = time.perf_counter()
     try:
-        built = build(options.data, options.out, options.seed, options.force)
+        built = build(options.data, options.out, options.seed, options.force, options.steps)
         if options.measure:
-            from demo_models.measure import print_measures
+            from tools.demo_models.measure import print_measures
 
             print_measures(options.data, options.out)
     except (BuildError, RuntimeError) as error:

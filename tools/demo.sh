@@ -12,7 +12,8 @@ fi
 
 bash tools/setup.sh
 python=.venv/bin/python
-export TOKENIZERS_PARALLELISM=false PYTHONPATH=$PWD
+# Waiting threads sleep: trainer and reward server share the cores.
+export TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$PWD
 results=results/demo
 started=$SECONDS
 
@@ -50,5 +51,5 @@ step "the trained model on the test questions"
 evaluate "$results/run/model.nemo" "$results/after.json"
 step "report"
 $python tools/report.py --run "$results/run" --before "$results/before.json" --after "$results/after.json" \
-  --out "$results/report"
+  --knowledge build/data/knowledge.json --out "$results/report"
 printf '\nDone in %ss. The report:\n%s\n' $((SECONDS - started)) "$PWD/$results/report/report.md"

@@ -170,13 +170,37 @@ def movement(train: Records) -> tuple[float, list[tuple[str, float]]]:
     return distance, sorted(shares.items(), key=lambda item: -item[1])
 
 
+def knowledge_table(router: dict[str, Any], temperature: float, knowledge: dict[str, list[str]]) -> list[str]:
+    """By topic and region: the probability that the router gives to the languages that know its facts.
+
+    Read off the row's own values, softmax(value / temperature); uniform would give them their share of the languages.
+    """
+    languages = router["languages"]
+    names = [*router["topics"], *router["regions"]]
+    values = np.array([*router["topic_values"], *router["region_values"]], dtype=float)
+    lines = ["| topic or region | languages that know it | uniform | router |", "|---|---|---:|---:|"]
+    shares = []
+    for name, row in zip(names, values, strict=True):
+        knowing = [language for language in languages if language in knowledge.get(name, ())]
+        if not knowing or not row.any():
+            continue
+        weights = np.exp((row - row.max()) / temperature)
+        weights /= weights.sum()
+        share = sum(weights[languages.index(language)] for language in knowing)
+        shares.append((len(knowing) / len(languages), share))
+        lines.append(f"| {name} | {', '.join(knowing)} | {shares[-1][0]:.3f} | {share:.3f} |")
+    uniform, learned = np.mean(shares, axis=0) if shares else (0.0, 0.0)
+    lines.append(f"| mean | | {uniform:.3f} | {learned:.3f} |")
+    return lines
+
+
 def drawn_reward(train: Records, first: int, last: int) -> float:
     """Mean reward of the rollouts of steps first..last (1-based, inclusive)."""
     values = [record["reward"] for record in train if first <= record["step"] <= last and "reward" in record]
     return float(np.mean(values)) if values else float("nan")
 
 
-def write(run: Path, before: Path, after: Path, out: Path) -> Path:
+def write(run: Path, before: Path, after: Path, out: Path, knowledge: dict[str, list[str]] | None = None) -> Path:
     """Write the report; returns the path of report.md."""
     records = read_lines(run / "metrics.jsonl")
     train = [record for record in records if record.get("kind") == "train"]
@@ -237,6 +261,14 @@ def write(run: Path, before: Path, after: Path, out: Path) -> Path:
     ]
     if learned:
         lines += ["Values of the tables (topics, then regions):", "", "![tables](tables.png)", ""]
+    if learned and knowledge:
+        temperatures = series(train, "router/temperature")[1]
+        lines += [
+            "What it learned against what the base model was taught: the probability of languages that know.",
+            "",
+            *knowledge_table(router, temperatures[-1] if temperatures else 1.0, knowledge),
+            "",
+        ]
     lines += ["## Seconds of a step", "", "| part | median | share |", "|---|---:|---:|"]
     parts = sorted({key for record in train for key in record if key.startswith("time/")} - {"time/step"})
     total = float(np.median([record["time/step"] for record in train]))
@@ -282,9 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--before", type=Path, required=True, help="evaluation of the base model (JSON)")
     parser.add_argument("--after", type=Path, required=True, help="evaluation of the trained model (JSON)")
     parser.add_argument("--out", type=Path, required=True, help="directory of the report")
+    parser.add_argument("--knowledge", type=Path, help="JSON: by topic or region, the languages that know its facts")
     options = parser.parse_args(arguments)
     try:
-        path = write(options.run, options.before, options.after, options.out)
+        knowledge = json.loads(options.knowledge.read_text(encoding="utf-8")) if options.knowledge else None
+        path = write(options.run, options.before, options.after, options.out, knowledge)
     except ReportError as error:
         sys.exit(f"ReportError: {error}")
     print(path)

@@ -126,7 +126,10 @@ class MegatronActor:
         responses = [
             rollouts.tokens[row, rollouts.prompt_lengths[row] : rollouts.lengths[row]].tolist() for row in rows
         ]
-        return self._tokenizer.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        # Exactly as generated: the clean-up would close the spaces before punctuation that some languages write.
+        return self._tokenizer.tokenizer.batch_decode(
+            responses, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     # -- log-probs and update ------------------------------------------------------------------------------------
 

@@ -144,8 +144,3 @@ def _read_template(path: str) -> str:
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt.chat_template={path!r} cannot be read as UTF-8 text: {error}.") from error
-
-
-def decode_response(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of a response, without special tokens and otherwise exactly as generated."""
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""Sections `data` and `prompt`, the language table, and padding."""
+"""Sections `data` and `prompt`, and the language table."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import fasttext
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.data import DataConfig, PromptConfig
-from nemo_lrpo.data.collate import pad
 from nemo_lrpo.data.languages import LANGUAGES, SYSTEM_PROMPTS, language_code, language_tag, system_prompt
 
 
@@ -83,18 +79,3 @@ def test_system_prompts_are_in_their_language() -> None:
     for language in SYSTEM_PROMPTS:
         (label,), _ = model.predict(system_prompt(language))
         assert label == f"__label__{language}"
-
-
-@given(rows=st.lists(st.lists(st.integers(0, 99), max_size=12), max_size=6), multiple_of=st.integers(1, 8))
-def test_padding_keeps_rows_and_fills_the_rest(rows: list[list[int]], multiple_of: int) -> None:
-    padded, lengths = pad(rows, -1, multiple_of)
-    assert padded.dtype == lengths.dtype == np.int64
-    assert padded.shape[1] % multiple_of == 0
-    assert 0 <= padded.shape[1] - max(map(len, rows), default=0) < multiple_of
-    assert [row[:n].tolist() for row, n in zip(padded, lengths)] == rows
-    assert all((row[n:] == -1).all() for row, n in zip(padded, lengths))
-
-
-def test_padding_to_a_multiple_of_nothing() -> None:
-    with pytest.raises(ValueError, match="multiple_of=0"):
-        pad([[1]], 0, multiple_of=0)

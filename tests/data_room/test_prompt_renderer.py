@@ -13,7 +13,7 @@ from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.data import PromptConfig
 from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.languages import SYSTEM_PROMPTS
-from nemo_lrpo.data.prompts import PromptRenderer, decode_response
+from nemo_lrpo.data.prompts import PromptRenderer
 from nemo_lrpo.types import ORIGIN_DRAWN, Prompt, RoutedPrompt
 
 TEMPLATE = (
@@ -178,9 +178,3 @@ def test_template_that_is_not_text(tokenizer: PreTrainedTokenizerFast, tmp_path:
     path.write_bytes(b"\xff\xfe{")
     with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
         PromptRenderer(tokenizer, PromptConfig(chat_template=str(path)))
-
-
-def test_decoding_keeps_the_text_and_drops_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = " Der Yen , nicht wahr ?\n日本円 です 。 do n't"
-    ids = tokenizer(text + "</s><pad>", add_special_tokens=False)["input_ids"]
-    assert decode_response(tokenizer, ids) == text

@@ -281,7 +281,8 @@ def test_build_is_byte_identical_and_laid_out(tmp_path: Path) -> None:
         done = build("--out", tmp_path / name, "--facts", 80, hash_seed=hash_seed)
         assert done.returncode == 0, done.stderr
         assert "80 facts" in done.stdout
-    names = {"train.parquet", "validation.parquet", "test.parquet", "parallel.parquet", "base_corpus.jsonl"}
+    names = {"train.parquet", "validation.parquet", "test.parquet", "parallel.parquet"}
+    names |= {"base_corpus.jsonl", "knowledge.json"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names
     same, different, failed = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)
     assert set(same) == names, (different, failed)

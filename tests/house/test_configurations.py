@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.loader import CONFIG_DIR, compose, load_evaluate_config, load_train_config
 from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.serve_rewards import load_config
 
 ROUTERS = sorted(path.stem for path in (CONFIG_DIR / "router").glob("*.yaml"))
 
@@ -49,6 +50,16 @@ def test_shipped_evaluation_configurations_are_valid(name: str, paths: dict[str,
     paths |= {"evaluation.data": str(tmp_path / "test.parquet"), "evaluation.out": str(tmp_path / "out.json")}
     config = load_evaluate_config(compose(name, overrides(paths)))
     assert config.evaluation.temperature == 1.0
+
+
+@pytest.mark.parametrize("name", ["serve_rewards", "demo_rewards"])
+def test_shipped_server_configurations_are_valid(name: str, tmp_path: Path) -> None:
+    for file in ("encoder/modules.json", "encoder/model.safetensors", "calibration.json"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    paths = {"encoder.path": str(tmp_path / "encoder"), "calibration.path": str(tmp_path / "calibration.json")}
+    config = load_config(compose(name, overrides(paths)))
+    assert config.calibration.method == "mean" and config.host == "127.0.0.1" and len(config.languages) == 15
 
 
 def test_every_shipped_file_is_covered() -> None:

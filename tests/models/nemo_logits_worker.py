@@ -1,90 +1,89 @@
-"""Load .nemo files with NeMo and write their logits and tokenizer: nemo_logits_worker.py IN OUT NEMO [NEMO ...].
+"""Load .nemo files with NeMo and write what they compute: nemo_logits_worker.py TOKENS OUT AGAIN NEMO [NEMO ...].
 
-IN: .npy of token ids int64 [B, S]. OUT: .npz with `<stem>` float32 [B, S, padded vocabulary] per file, and
-`<stem>.json`: padded vocabulary and what the tokenizer makes of a conversation. Each model is saved again, as
-`<stem>_again.nemo` in the directory of OUT, and that file is loaded and evaluated too.
+TOKENS: .npy, ids int64 [B, S]. OUT: a directory that receives `<stem>.npy`, logits float32 [B, S, padded vocabulary],
+and `<stem>.json`, facts on tokenizer and vocabulary, for each file. AGAIN=1: each model is saved as
+OUT/`<stem>_again.nemo`, which is loaded and evaluated like the others. Under torchrun, tensor-parallel over all ranks.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
-import numpy as np
+from nemo_lrpo.actor.platform import ensure_platform, model_overrides
 
-ON_CPU = {
-    "use_cpu_initialization": True,
-    "transformer_engine": False,
-    "masked_softmax_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_add_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "persist_layer_norm": False,
-}
+ensure_platform()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel  # noqa: E402
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder  # noqa: E402
+from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+from nemo_lrpo.actor.tokenizer import ArchiveTokenizer  # noqa: E402
+
 CHAT = [{"role": "user", "content": "Où est-ce? 東京"}]
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Model(ArchiveTokenizer, MegatronGPTModel):
+    """NeMo's own model, no actor around it."""
+
+
+def load(path: Path) -> Model:
+    config = OmegaConf.create(
+        {
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": RANKS,
+                "num_nodes": 1,
+                "precision": 32,
+                "logger": False,
+                "enable_checkpointing": False,
+            },
+            "model": {"precision": 32, "tensor_model_parallel_size": RANKS, **model_overrides()},
+        }
+    )
+    config.model = load_and_override_model_config(str(path), config.model)
+    trainer = MegatronTrainerBuilder(config).create_trainer()
+    return load_from_nemo(Model, config.model, trainer, strict=True, restore_path=str(path))
+
+
+@torch.no_grad()
+def evaluate(model: Model, tokens: torch.Tensor, out: Path) -> None:
+    module = model.get_model_module_list()[0].eval()
+    length = tokens.size(1)
+    mask = torch.ones(length, length).triu(1).bool()[None, None]
+    logits = gather_from_tensor_model_parallel_region(
+        module(tokens, torch.arange(length).expand_as(tokens), mask).float()
+    )
+    if torch.distributed.get_rank():
+        return
+    np.save(out.with_suffix(".npy"), logits.numpy())
+    tokenizer = model.tokenizer.tokenizer
+    facts = {
+        "padded": model.padded_vocab_size,
+        "chat": tokenizer.apply_chat_template(CHAT, add_generation_prompt=True),
+        "additional": tokenizer.additional_special_tokens,
+        "eos": model.tokenizer.eos_id,
+    }
+    out.with_suffix(".json").write_text(json.dumps(facts))
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from nemo_lrpo.actor.platform import ensure_platform
-
-    ensure_platform()
-    import torch
-    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
-    from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
-    from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
-    from omegaconf import OmegaConf
-
-    from nemo_lrpo.actor.tokenizer import ArchiveTokenizer
-
-    class Model(ArchiveTokenizer, MegatronGPTModel):
-        pass
-
     tokens = torch.from_numpy(np.load(sys.argv[1]))
-    out = Path(sys.argv[2])
-    results = {}
-
-    def load(path: Path) -> Model:
-        config = OmegaConf.create(
-            {
-                "trainer": {
-                    "accelerator": "cpu",
-                    "devices": 1,
-                    "num_nodes": 1,
-                    "precision": 32,
-                    "logger": False,
-                    "enable_checkpointing": False,
-                },
-                "model": {"precision": 32, **ON_CPU},
-            }
-        )
-        config.model = load_and_override_model_config(str(path), config.model)
-        trainer = MegatronTrainerBuilder(config).create_trainer()
-        return load_from_nemo(Model, config.model, trainer, strict=True, restore_path=str(path))
-
-    def evaluate(model: Model, name: str) -> None:
-        module = model.get_model_module_list()[0].eval()
-        positions = torch.arange(tokens.size(1)).expand_as(tokens)
-        mask = torch.ones(tokens.size(1), tokens.size(1)).triu(1).bool()[None, None]
-        with torch.no_grad():
-            results[name] = module(tokens, positions, mask).float().numpy()
-        tokenizer = model.tokenizer.tokenizer
-        facts = {
-            "padded": model.padded_vocab_size,
-            "chat": tokenizer.apply_chat_template(CHAT, add_generation_prompt=True),
-            "additional": tokenizer.additional_special_tokens,
-            "type": model.cfg.tokenizer.type,
-        }
-        (out.parent / f"{name}.json").write_text(json.dumps(facts))
-
-    for path in map(Path, sys.argv[3:]):
+    out, again = Path(sys.argv[2]), sys.argv[3] == "1"
+    for path in map(Path, sys.argv[4:]):
         model = load(path)
-        evaluate(model, path.stem)
-        again = out.parent / f"{path.stem}_again.nemo"
-        model.save_to(str(again))
-        evaluate(load(again), again.stem)
-    np.savez(out, **results)
+        evaluate(model, tokens, out / path.stem)
+        if again:
+            copy = out / f"{path.stem}_again.nemo"
+            model.save_to(str(copy))
+            evaluate(load(copy), tokens, out / copy.stem)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ def names(value) -> tuple[str, ...]:
 
 def observation(row: dict, language: str, index: int) -> Observation:
     # Zero-padded: the ids sort in the order of the recording.
-    return Observation(
-        f"{index:04d}", names(row["topic"]), names(row["region"]), language, ORIGIN_DRAWN, row["reward"]
-    )
+    return Observation(f"{index:04d}", names(row["topic"]), names(row["region"]), language, ORIGIN_DRAWN, row["reward"])
 
 
 @pytest.mark.parametrize("topic_update", ["per_cell", "once"])

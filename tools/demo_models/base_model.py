@@ -42,7 +42,7 @@ class BaseModelRecipe:
     groups: int = 2
     ffn: int = 384
     context: int = 256
-    steps: int = 800
+    steps: int = 900
     batch_tokens: int = 2048
     noisy_share: float = 0.15
     matrix_lr: float = 0.02
@@ -112,16 +112,19 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of like length in random order: tokens int64 [B, S], labels int64 [B, S] (-100 outside the answer).
 
-    A batch holds about `batch_tokens` tokens. Padding comes after the end, where causal attention never looks.
+    A batch holds `batch_tokens` tokens at most, padding included, or a single example. Padding comes after the end,
+    where causal attention never looks.
     """
     lengths = np.array([len(example.prompt) + len(example.answer) for example in examples])
+    groups: list[list[int]] = []
+    width = 0
     # The noise mixes neighbours in length anew each time.
-    order = np.argsort(lengths + rng.uniform(0, 4, len(examples)), kind="stable")
-    groups, start = [], 0
-    while start < len(order):
-        size = max(1, int(batch_tokens // lengths[order[start : start + 1]].max()))
-        groups.append(order[start : start + size])
-        start += size
+    for index in np.argsort(lengths + rng.uniform(0, 4, len(examples)), kind="stable"):
+        width = max(width, lengths[index])
+        if not groups or width * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+            width = lengths[index]
+        groups[-1].append(index)
     for group in rng.permutation(len(groups)):
         rows = [examples[index] for index in groups[group]]
         width = max(len(row.prompt) + len(row.answer) for row in rows)

@@ -11,7 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 INPUTS = ("base_corpus.jsonl", "parallel.parquet")
 KEEP_UNKNOWN = 0.1
 """Share of the rows on unknown facts in training without noise: they teach style, and nothing worth repeating."""
+WRONG_LANGUAGE = 0.45
+"""Share of answers in another language than the tag's in the last phase, short enough to take on about two thirds."""
 
 _COMMON = ("demo_models/build.py", "demo_models/tokenizer.py", "demo_world")
 _SOURCES = {
@@ -32,19 +34,19 @@ class BuildError(ValueError):
     """The data cannot be used; the message names the file."""
 
 
-def build(data: Path, out: Path, seed: int = 0, force: bool = False) -> list[str]:
+def build(data: Path, out: Path, seed: int = 0, force: bool = False, steps: int | None = None) -> list[str]:
     """Bring `out`/base, `out`/encoder and `out`/base.nemo up to date with `data`; returns the names built anew.
 
     base: Hugging Face directory with the tokenizer. encoder: sentence-transformers directory. base.nemo: base as
-    NeMo reads it. Raises BuildError where a file of `data` is missing or belongs to another world, RuntimeError where
-    a training process fails.
+    NeMo reads it. steps: of both trainings, instead of their recipes' own. Raises BuildError where a file of `data`
+    is missing or belongs to another world, RuntimeError where a training process fails.
     """
     for name in INPUTS:
         if not (data / name).is_file():
             raise BuildError(f"{data / name}: no such file; python tools/build_data.py --out {data} writes it.")
     world_facts(data)
     out.mkdir(parents=True, exist_ok=True)
-    inputs = _hash(*(data / name for name in INPUTS), text=f"seed {seed}")
+    inputs = _hash(*(data / name for name in INPUTS), text=f"seed {seed} steps {steps}")
     wanted = {name: _hash(*(ROOT / "tools" / source for source in _SOURCES[name]), text=inputs) for name in _SOURCES}
     wanted["base.nemo"] += wanted["base"]
     stale = [name for name in wanted if force or not _is_current(out, name, wanted[name])]
@@ -54,7 +56,7 @@ def build(data: Path, out: Path, seed: int = 0, force: bool = False) -> list[str
     makers = {"base": _build_base, "encoder": _build_encoder}
     workers = []
     for line, name in enumerate(name for name in stale if name in makers):
-        arguments = (makers[name], data, out, name, seed, wanted[name], line)
+        arguments = (makers[name], data, out, name, seed, steps, wanted[name], line)
         workers.append(context.Process(target=_train_artifact, args=arguments, name=name))
         workers[-1].start()
     try:
@@ -67,7 +69,7 @@ def build(data: Path, out: Path, seed: int = 0, force: bool = False) -> list[str
     if failed:
         raise RuntimeError(f"building {', '.join(failed)} failed; the traceback is above.")
     if "base.nemo" in stale:
-        from hf_to_nemo import convert
+        from tools.hf_to_nemo import convert
 
         with _replacing(out, "base.nemo", wanted["base.nemo"]) as target:
             convert(out / "base", target, precision="32")
@@ -93,12 +95,14 @@ def _replacing(out: Path, name: str, fingerprint: str) -> Iterator[Path]:
     stamp.write_text(fingerprint)
 
 
-def _train_artifact(make: Callable, data: Path, out: Path, name: str, seed: int, fingerprint: str, line: int) -> None:
+def _train_artifact(
+    make: Callable, data: Path, out: Path, name: str, seed: int, steps: int | None, fingerprint: str, line: int
+) -> None:
     import torch
 
     torch.set_num_threads(1)
     with _replacing(out, name, fingerprint) as target:
-        make(data, target, seed, line)
+        make(data, target, seed, steps, line)
 
 
 def _hash(*paths: Path, text: str = "") -> str:
@@ -111,7 +115,7 @@ def _hash(*paths: Path, text: str = "") -> str:
 
 def world_facts(data: Path) -> list:
     """The facts of the world that `data` was made from."""
-    from demo_world import build_facts
+    from tools.demo_world import build_facts
 
     with (data / "base_corpus.jsonl").open(encoding="utf-8") as lines:
         wanted = {json.loads(line)["fact_id"] for line in lines}
@@ -128,12 +132,13 @@ def world_facts(data: Path) -> list:
 def base_rows(facts: list, seed: int) -> Callable[[int, bool], Iterator[tuple[str, str, str, str]]]:
     """Training rows of the base model by (epoch, noisy); see base_model.Rows."""
     import numpy as np
-    from demo_world import base_records
+
+    from tools.demo_world import base_records
 
     def rows(epoch: int, noisy: bool) -> Iterator[tuple[str, str, str, str]]:
         rng = np.random.default_rng((seed, epoch, noisy))
-        noise = {} if noisy else {"wrong_language_rate": 0.0, "noise_rate": 0.0}
-        for row in base_records(facts, seed, epoch, **noise):
+        wrong_language, wrong_value = (WRONG_LANGUAGE, 0.2) if noisy else (0.0, 0.0)
+        for row in base_records(facts, seed, epoch, wrong_language_rate=wrong_language, noise_rate=wrong_value):
             if noisy or row.known or rng.random() < KEEP_UNKNOWN:
                 yield row.question, row.question_language, row.language, row.answer
 
@@ -142,9 +147,9 @@ def base_rows(facts: list, seed: int) -> Callable[[int, bool], Iterator[tuple[st
 
 def world_tokenizer(data: Path) -> Any:
     """The tokenizer of both models, learnt from all that is said in `data`; under a second."""
-    from demo_world import LANGUAGES
+    from tools.demo_world import LANGUAGES
 
-    from demo_models.tokenizer import train_tokenizer
+    from .tokenizer import train_tokenizer
 
     texts = [
         text for fact in world_facts(data) for name in LANGUAGES for text in (fact.question(name), fact.answer(name))
@@ -153,11 +158,11 @@ def world_tokenizer(data: Path) -> Any:
     return train_tokenizer(texts, LANGUAGES)
 
 
-def _build_base(data: Path, target: Path, seed: int, line: int) -> None:
-    from demo_models.base_model import BaseModelRecipe, new_model, train
+def _build_base(data: Path, target: Path, seed: int, steps: int | None, line: int) -> None:
+    from .base_model import BaseModelRecipe, new_model, train
 
     tokenizer = world_tokenizer(data)
-    recipe = BaseModelRecipe()
+    recipe = _shortened(BaseModelRecipe(), steps)
     model = new_model(tokenizer, recipe, seed)
     seconds = train(model, tokenizer, base_rows(world_facts(data), seed), recipe, seed, line)
     model.generation_config.do_sample = True
@@ -166,15 +171,19 @@ def _build_base(data: Path, target: Path, seed: int, line: int) -> None:
     _write_recipe(target, {"seed": seed, "seconds": round(seconds, 1), **asdict(recipe)})
 
 
-def _build_encoder(data: Path, target: Path, seed: int, line: int) -> None:
-    from demo_models.encoder import EncoderRecipe, new_encoder, save_encoder, train_encoder
+def _build_encoder(data: Path, target: Path, seed: int, steps: int | None, line: int) -> None:
+    from .encoder import EncoderRecipe, new_encoder, save_encoder, train_encoder
 
     tokenizer = world_tokenizer(data)
-    recipe = EncoderRecipe()
+    recipe = _shortened(EncoderRecipe(), steps)
     model = new_encoder(tokenizer, recipe, seed)
     seconds = train_encoder(model, tokenizer, parallel_sentences(data, "train"), recipe, seed, line)
     save_encoder(model, tokenizer, target, recipe)
     _write_recipe(target, {"seed": seed, "seconds": round(seconds, 1), **asdict(recipe)})
+
+
+def _shortened(recipe: Any, steps: int | None) -> Any:
+    return recipe if steps is None else replace(recipe, steps=steps)
 
 
 def _write_recipe(directory: Path, recipe: dict) -> None:
@@ -183,7 +192,7 @@ def _write_recipe(directory: Path, recipe: dict) -> None:
 
 def parallel_sentences(data: Path, split: str) -> list:
     """`encoder.Sentence`s of a split: facts with their wrong answers, phrases with others of their kind."""
-    from demo_models.encoder import Sentence
+    from .encoder import Sentence
 
     facts = {fact.fact_id: fact for fact in world_facts(data)}
     texts = _parallel(data, split)

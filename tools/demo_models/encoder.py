@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from demo_models.base_model import fast_matmul, keep_memory, warmup_cosine
+from .base_model import fast_matmul, keep_memory, warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class EncoderRecipe:
     heads: int = 4
     ffn: int = 256
     context: int = 128
-    steps: int = 500
+    steps: int = 1000
     facts_per_batch: int = 48
     negatives: int = 1
-    temperature: float = 0.05
-    peak_lr: float = 2e-3
+    temperature: float = 0.1
+    peak_lr: float = 1e-3
     warmup: float = 0.05
 
 
@@ -63,7 +63,7 @@ def new_encoder(tokenizer: PreTrainedTokenizerFast, recipe: EncoderRecipe, seed:
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return BertModel(config, add_pooling_layer=False)
+        return BertModel(config)
 
 
 def embed(model: BertModel, token_ids: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo_models.base_model import ExampleEncoder, sample
-from demo_models.encoder import Sentence, embed
+from .base_model import ExampleEncoder, sample
+from .encoder import Sentence, embed
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,24 @@ def measure_separation(
     return float(roc_auc_score(labels, scores))
 
 
+@torch.no_grad()
+def measure_bias(
+    model: BertModel, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sentence]
+) -> dict[tuple[str, str], float]:
+    """Mean cosine of true sentences of one fact per unordered pair of languages: unequal means are the bias."""
+    languages = sorted(sentences[0].true)
+    texts = [sentence.true[language] for sentence in sentences for language in languages]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    parts = [embed(model, ids[start : start + 512], tokenizer.pad_token_id) for start in range(0, len(ids), 512)]
+    vectors = torch.cat(parts).unflatten(0, (-1, len(languages)))
+    means = torch.einsum("nah,nbh->ab", vectors, vectors) / len(sentences)
+    pairs = [(a, b) for a in range(len(languages)) for b in range(a)]
+    return {(languages[b], languages[a]): float(means[a, b]) for a, b in pairs}
+
+
 def knowledge_questions(facts: Iterable[Any], seed: int = 0, unknown_share: float = 0.3) -> list[Question]:
     """Each fact in each language that knows it, and in a share of the others; half of the questions cross-lingual."""
-    from demo_world import LANGUAGES, known_languages
+    from tools.demo_world import LANGUAGES, known_languages
 
     rng = np.random.default_rng(seed)
     questions = []
@@ -116,12 +131,13 @@ def knowledge_questions(facts: Iterable[Any], seed: int = 0, unknown_share: floa
 
 def print_measures(data: Path, models: Path) -> None:
     """Print what the models in `models` know and how well they judge, on the world of `data`."""
-    from demo_world import LANGUAGES
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    from demo_models.build import parallel_sentences, world_facts
     from nemo_lrpo.config.scoring import LanguageIdConfig
     from nemo_lrpo.rewards.language import LanguageIdentifier
+    from tools.demo_world import LANGUAGES
+
+    from .build import parallel_sentences, world_facts
 
     tokenizer = AutoTokenizer.from_pretrained(str((models / "base").resolve()), local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(str((models / "base").resolve()), attn_implementation="eager").eval()
@@ -147,3 +163,9 @@ def print_measures(data: Path, models: Path) -> None:
         sentences = [sentence for sentence in parallel_sentences(data, split) if sentence.fact_id in facts]
         same, cross = (measure_separation(encoder, tokenizer, sentences, flag) for flag in (False, True))
         print(f"encoder AUC, {split} facts: {same:.3f} in one language, {cross:.3f} across two")
+        bias = measure_bias(encoder, tokenizer, sentences)
+        (low, high), deviation = (choose(bias, key=bias.get) for choose in (min, max)), np.std(list(bias.values()))
+        print(
+            f"  mean similarity of equivalents: {'-'.join(low)} {bias[low]:.3f} to {'-'.join(high)} {bias[high]:.3f}, "
+            f"standard deviation over pairs {deviation:.3f}"
+        )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .examples import base_records
-from .facts import SPLITS, Fact
+from .facts import KNOWN, SPLITS, Fact
 from .languages import LANGUAGES
 from .parallel import parallel_texts
 
@@ -88,7 +88,9 @@ def _jsonl(rows: Iterable[dict[str, object]]) -> Callable[[Path], None]:
 
 
 def write_world(facts: Iterable[Fact], out: Path, seed: int = 0, **noise: float) -> dict[str, int]:
-    """Write the five files to `out`; returns their rows by file name. Equal arguments give equal bytes.
+    """Write the five tables to `out`, and knowledge.json: by topic or region, the languages that know its facts.
+
+    Returns the rows by file name of the tables. Equal arguments give equal bytes.
 
     `noise` goes to `base_records`. Raises OSError where `out` cannot be written.
     """
@@ -103,4 +105,5 @@ def write_world(facts: Iterable[Fact], out: Path, seed: int = 0, **noise: float)
     out.mkdir(parents=True, exist_ok=True)
     for name, (rows, schema) in files.items():
         _write_whole(out / name, _jsonl(rows) if schema is None else _parquet(rows, schema))
+    _write_whole(out / "knowledge.json", lambda path: path.write_text(json.dumps(KNOWN, indent=1) + "\n"))
     return {name: len(rows) for name, (rows, _) in files.items()}
