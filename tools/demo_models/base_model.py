@@ -37,16 +37,16 @@ class BaseModelRecipe:
     """
 
     hidden: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     groups: int = 2
     ffn: int = 384
     context: int = 256
-    steps: int = 900
+    steps: int = 800
     batch_tokens: int = 2048
-    noisy_share: float = 0.15
-    matrix_lr: float = 0.02
-    other_lr: float = 1e-2
+    noisy_share: float = 0.165
+    matrix_lr: float = 7e-3
+    other_lr: float = 2e-2
     warmup: float = 0.05
 
 

@@ -137,7 +137,7 @@ def base_rows(facts: list, seed: int) -> Callable[[int, bool], Iterator[tuple[st
 
     def rows(epoch: int, noisy: bool) -> Iterator[tuple[str, str, str, str]]:
         rng = np.random.default_rng((seed, epoch, noisy))
-        wrong_language, wrong_value = (WRONG_LANGUAGE, 0.2) if noisy else (0.0, 0.0)
+        wrong_language, wrong_value = (WRONG_LANGUAGE, WRONG_VALUE) if noisy else (0.0, 0.0)
         for row in base_records(facts, seed, epoch, wrong_language_rate=wrong_language, noise_rate=wrong_value):
             if noisy or row.known or rng.random() < KEEP_UNKNOWN:
                 yield row.question, row.question_language, row.language, row.answer
