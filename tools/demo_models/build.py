@@ -21,6 +21,8 @@ KEEP_UNKNOWN = 0.1
 """Share of the rows on unknown facts in training without noise: they teach style, and nothing worth repeating."""
 WRONG_LANGUAGE = 0.45
 """Share of answers in another language than the tag's in the last phase, short enough to take on about two thirds."""
+WRONG_VALUE = 0.2
+"""Share of known facts answered with another value in the last phase: doubt, which leaves the knowledge."""
 
 _COMMON = ("demo_models/build.py", "demo_models/tokenizer.py", "demo_world")
 _SOURCES = {
