@@ -107,9 +107,12 @@ class MegatronEngine:
 
     def prepare(self) -> None:
         self._model.prepare_for_inference()
+        # The parent switches the Megatron modules only; NeMo's generation asks the Lightning module.
+        self._model.eval()
 
     def release(self) -> None:
         self._model.finish_inference()
+        self._model.train()
 
     def layout(self) -> AbstractContextManager[None]:
         return nullcontext()
