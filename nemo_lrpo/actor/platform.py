@@ -67,13 +67,14 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def model_overrides() -> dict[str, object]:
-    """Keys of NeMo's model configuration that this machine decides; empty where everything is installed.
+    """Keys of NeMo's model configuration that this machine decides.
 
     Without Transformer Engine the layers are Megatron-Core's local ones, and the kernels that Apex would have fused
     are plain operations.
     """
     if torch.cuda.is_available() and all(importlib.util.find_spec(package) for package in _GPU_PACKAGES[:2]):
-        return {}
+        # NeMo takes a configuration that does not say so for one without it.
+        return {"transformer_engine": True}
     fused = ("masked_softmax", "bias_activation", "bias_dropout_add", "gradient_accumulation")
     return {
         "transformer_engine": False,
