@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from nemo_lrpo.algorithms.advantages import group_advantages
 from nemo_lrpo.training.metrics import JsonLines, rollout_metrics
 from nemo_lrpo.training.scoring import MissingRewardsError, ScoreCollector
-from nemo_lrpo.training.trainer import observations
-from nemo_lrpo.types import Prompt, Rollouts, RoutedPrompt, Score, ScoreRequest
+from nemo_lrpo.training.trainer import dump_batch, observations
+from nemo_lrpo.types import Prompt, Rollouts, RoutedPrompt, Score, ScoreRequest, TrainingBatch
 
 LANGUAGES = ("de", "ja", "en")
 
@@ -175,3 +176,17 @@ def test_a_resumed_log_repeats_no_step_and_drops_a_torn_line(tmp_path: Path) -> 
         {"step": 2, "value": None},
         {"step": 3, "value": 30.0},
     ]
+
+
+def test_a_batch_that_failed_is_left_behind_with_its_samples(tmp_path: Path) -> None:
+    plan = make_plan()
+    rollouts = make_rollouts(plan)
+    advantages = torch.linspace(-1, 1, len(plan))
+    batch = TrainingBatch(rollouts.tokens, rollouts.prompt_lengths, rollouts.lengths, advantages, rollouts.ended)
+    path = tmp_path / "failed" / "step_00000007.safetensors"
+    dump_batch(path, batch, [routed.sample_id for routed in plan], "loss=nan")
+    with safe_open(path, framework="pt") as file:
+        assert torch.equal(file.get_tensor("advantages"), advantages)
+        assert torch.equal(file.get_tensor("use"), rollouts.ended)
+        assert json.loads(file.metadata()["sample_ids"]) == [routed.sample_id for routed in plan]
+        assert file.metadata()["reason"] == "loss=nan"
