@@ -47,14 +47,18 @@ def run(config: ServeRewardsConfig) -> None:
     from nemo_lrpo.rewards.scorer import RewardScorer
     from nemo_lrpo.serving.server import RewardServer
 
-    server = RewardServer(config, RewardScorer(config))
+    scorer = RewardScorer(config)
+    server = RewardServer(config, scorer)
     try:
         if not stop.is_set():
             endpoint = server.start()
             log.info("ready at %s, process %d", endpoint.address, os.getpid())
+            if endpoint.metrics_port is not None:
+                log.info("metrics and health at port %d", endpoint.metrics_port)
             server.wait(stop)
     finally:
         server.stop()
+        scorer.close()
     log.info("ended")
 
 

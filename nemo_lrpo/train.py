@@ -106,10 +106,11 @@ def exit_readably() -> Iterator[None]:
     from nemo_lrpo.data.errors import DataError
     from nemo_lrpo.serving.errors import RewardError
     from nemo_lrpo.training.checkpoint import CheckpointError
+    from nemo_lrpo.training.scoring import StepRefused
 
     try:
         yield
-    except (ConfigError, DataError, RewardError, CheckpointError) as error:
+    except (ConfigError, DataError, RewardError, CheckpointError, StepRefused) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

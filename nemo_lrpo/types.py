@@ -16,7 +16,8 @@ This module imports neither torch nor NumPy, so that configuration, routing and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -125,32 +126,59 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One answer to be scored. `language` is the requested language of the response, ISO 639-1."""
+    """One answer to be scored. `language` is the requested language of the response, ISO 639-1; `question` is for
+    verifiers that read it (a judge), and may be empty for the others."""
 
     sample_id: str
     response: str
     reference: str
     reference_language: str
     language: str
+    question: str = ""
+
+
+FLAG_EMPTY = "empty"
+"""The response has no text."""
+FLAG_ABSTAINED = "abstained"
+"""The language of the response cannot be said."""
+FLAG_TRUNCATED = "truncated"
+"""The response or the reference is longer than the encoder reads; its end was not read."""
+FLAG_CHUNKED = "chunked"
+"""The response or the reference is longer than the encoder's window and was read in several."""
+FLAG_UNKNOWN_PAIR = "unknown_pair"
+"""The calibration has no statistics of this pair of languages."""
 
 
 @dataclass(frozen=True)
 class Score:
     """The reward of one answer with its parts, r = quality * gate (paper, reward section).
 
-    similarity: raw cosine in [-1, 1]. calibrated: similarity on the common scale of all language pairs.
-    quality: r_qual in [0, 1]. language: identified language of the response, None where the identifier abstains.
-    confidence: of the identification, in [0, 1]. gate: r_lang in [0, 1]. reward: what GRPO sees.
+    reward: what GRPO sees; None where there is none to be had (the language cannot be said and the gate masks such
+    answers, or a verifier has no result): the sample leaves the update and is counted. quality: r_qual in [0, 1], the
+    parts combined, None with a part missing. gate: r_lang in [0, 1], None where it masks. language: identified language
+    of the response, None where the identifier abstains. confidence: of the identification, in [0, 1]. parts: value of
+    each verifier in [0, 1], by its name. measures: what lies behind the parts, by name (similarity and calibrated, both
+    about [-1, 1]; language_share). flags: FLAG_* and the verifiers' own, sorted.
     """
 
     sample_id: str
-    similarity: float
-    calibrated: float
-    quality: float
+    reward: float | None
+    quality: float | None
+    gate: float | None
     language: str | None
     confidence: float
-    gate: float
-    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Without a reward by intent: the gate masks answers whose language cannot be said."""
+        return self.reward is None and FLAG_ABSTAINED in self.flags
+
+
+class ScoringAbandoned(Exception):
+    """Nobody waits for the scores any more: the request was cancelled, or its deadline has passed."""
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,43 @@
-"""Measure how similar equivalent texts of each language pair are under an encoder, for calibration.path.
+"""Measure how similar texts of each language pair are under an encoder, for calibration.path of the reward server.
 
-    python tools/calibrate.py --data parallel.parquet --encoder DIR --out statistics.json [--split train]
+    python tools/calibrate.py --data parallel.parquet --encoder DIR --out statistics.json [--holdout 0.5]
 
-The data, parquet or JSONL, has a row per text: `fact_id` (or `id`), `language`, `text`; all texts of one id mean the
-same. For each unordered pair of languages up to --pairs-per-language-pair facts are drawn, and three cosines measured:
+The data is parquet, JSONL or TSV (tabs, no quotes, a header). A row per text: `fact_id` (or `id`), `language`, `text`;
+all texts of one id mean the same. Or, in parquet and TSV, a row per fact: `fact_id` and a column per language, named by
+its code. The file may be of any size: at most --facts facts are kept, chosen by a hash of their id.
 
-    equivalent   the fact in both languages: what mean calibration reads
-    mismatch     the fact in one language, another fact drawn at random in the other (extra.mismatch)
-    hardest      the most similar other fact in the other language, among the encoded ones (extra.hardest)
+For each unordered pair of languages, and every fact that both have, three cosines are measured:
 
-A pair of one language takes two wordings of a fact. Where the data has a single wording per language, the text itself
-stands for the second: similarity 1, the upper end that a response in the reference's own language can reach. Without
-such pairs a repeated reference would keep its raw 1 while other languages are judged around mu_ref. The file lists
-these languages under source.identical; --no-identical leaves the pairs out.
+    equivalent   the fact in both languages: the upper end
+    mismatch     the fact in one language, another fact drawn at random in the other
+    hardest      the most similar other fact in the other language, among those kept
 
-Measure on other facts than those evaluated, if the data marks them: --split keeps the rows whose column `split` has
-that value. The result is a function of the arguments and files alone.
+The one text is encoded as a reference, the other as a response, each language in both roles. A pair of one language
+takes two wordings of a fact. Where the data has a single wording per language, the text itself stands for the second:
+similarity 1, the upper end that a response in the reference's own language can reach. Without such pairs a repeated
+reference would keep its raw 1 while other languages are judged around the common mean. The file lists these languages
+under source.identical; --no-identical leaves the pairs out.
+
+Beside OUT stand OUT.report.md and OUT.report.png: means before and after calibration, how well right and wrong are
+told apart, and how equal the rewards of equivalent answers are, by language. This is measured on facts that the
+statistics have not seen, if --check-split or --holdout sets some aside. Measure on other facts than those evaluated,
+and than those that the encoder was trained on, if the data marks them: --split keeps the rows whose column `split`
+has that value.
+
+The encoder has to be set as in the reward server: --server-config reads that from its configuration, --max-tokens,
+--reference-prompt and so on set it one by one. The result is a function of the arguments and files, up to the rounding
+of the encoder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations_with_replacement
+import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,261 +47,138 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from nemo_lrpo.config.checks import ConfigError, check_file, check_range  # noqa: E402
+from nemo_lrpo.config.loader import compose, to_dataclass  # noqa: E402
+from nemo_lrpo.config.reward import ServeRewardsConfig  # noqa: E402
 from nemo_lrpo.config.scoring import EncoderConfig  # noqa: E402
-from nemo_lrpo.rewards.calibration import (  # noqa: E402
-    Moments,
-    Pair,
-    PairStatistics,
-    file_hash,
-    language_pair,
-    write_statistics,
-)
-from nemo_lrpo.seeding import derive_seed  # noqa: E402
+from nemo_lrpo.rewards.statistics import PairStatistics, file_hash, write_statistics  # noqa: E402
+from tools.calibration.comparisons import compare_all, encode_facts, measure  # noqa: E402
+from tools.calibration.parity import compare_methods  # noqa: E402
+from tools.calibration.reading import Facts, Wanted, read_facts  # noqa: E402
+from tools.calibration.report import Report, summary, write_report  # noqa: E402
 
-Facts = dict[str, dict[str, list[str]]]
-"""Language -> fact id -> its distinct texts, all in sorted order."""
-Comparison = tuple[str, str, str, str]
-"""Text in language a, equivalent in b, text of another fact in b ("" where there is none), fact id."""
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows of a parquet or JSONL file with their numbers, the first being 1. Raises ConfigError."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                columns = [n for n in ("fact_id", "id", "language", "text", "split") if n in names]
-                yield from enumerate((row for b in file.iter_batches(columns=columns) for row in b.to_pylist()), 1)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--data {path}: cannot be read as parquet: {error}.") from error
-    elif path.suffix in (".jsonl", ".json"):
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ConfigError(f"--data {path}: row {number} is not JSON: {error}.") from error
-                if not isinstance(row, dict):
-                    raise ConfigError(f"--data {path}: row {number} is not a JSON object.")
-                yield number, row
-    else:
-        raise ConfigError(f"--data {path}: {path.suffix!r} is not known; accepted: .parquet, .jsonl.")
-
-
-def read_facts(path: Path, split: str | None) -> Facts:
-    """The texts of `path` by language and fact; only those of `split` where given. Raises ConfigError by row."""
-    facts: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    splits: set[str] = set()
-    for number, row in read_rows(path):
-        if split is not None:
-            if row.get("split") is None:
-                raise ConfigError(f"--data {path}: row {number} has no 'split'; leave --split out or mark every row.")
-            splits.add(str(row["split"]))
-            if row["split"] != split:
-                continue
-        fact = row.get("fact_id", row.get("id"))
-        if fact is None or isinstance(fact, (list, dict)) or fact == "":
-            raise ConfigError(f"--data {path}: row {number}: fact_id={fact!r}; expected an id ('fact_id' or 'id').")
-        for name in ("language", "text"):
-            value = row.get(name)
-            if not isinstance(value, str) or not value.strip():
-                raise ConfigError(f"--data {path}: row {number}: {name}={value!r}; expected text.")
-        facts[row["language"]][str(fact)].add(row["text"])
-    if not facts:
-        known = f"; it has {', '.join(map(repr, sorted(splits)))}" if splits else ""
-        raise ConfigError(f"--data {path} has no rows" + (f" with split={split!r}{known}." if split else "."))
-    return {
-        language: {fact: sorted(texts) for fact, texts in sorted(by_fact.items())}
-        for language, by_fact in sorted(facts.items())
-    }
-
-
-def draw(facts: Facts, pair: Pair, limit: int, seed: int, identical: bool) -> list[Comparison]:
-    """At most `limit` comparisons of one language pair, at most one a fact."""
-    a, b = pair
-    rng = np.random.default_rng(derive_seed(seed, "calibrate", a, b))
-    common = [fact for fact in facts[a] if fact in facts[b]]
-    if a == b:
-        worded_twice = [fact for fact in common if len(facts[a][fact]) > 1]
-        identical = identical and not worded_twice
-        common = common if identical else worded_twice
-    others = list(facts[b])
-    comparisons = []
-    for index in rng.permutation(len(common))[:limit]:
-        fact = common[index]
-        if a != b:
-            left, right = (texts[rng.integers(len(texts))] for texts in (facts[a][fact], facts[b][fact]))
-        elif identical:
-            left = right = facts[a][fact][rng.integers(len(facts[a][fact]))]
-        else:
-            left, right = (facts[a][fact][i] for i in rng.choice(len(facts[a][fact]), 2, replace=False))
-        comparisons.append((left, right, _other_text(facts[b], others, fact, rng), fact))
-    return comparisons
-
-
-def _other_text(by_fact: Mapping[str, list[str]], facts: Sequence[str], fact: str, rng: np.random.Generator) -> str:
-    """A text of another fact that this one is not worded as; "" where a few draws find none."""
-    for _ in range(16):
-        texts = by_fact[facts[rng.integers(len(facts))]]
-        text = texts[rng.integers(len(texts))]
-        if text not in by_fact[fact]:
-            return text
-    return ""
-
-
-def moments(cosines: Sequence[float] | NDArray[np.float64]) -> Moments:
-    """Count, mean and population standard deviation, rounding kept within [-1, 1]."""
-    values = np.clip(np.asarray(cosines, dtype=np.float64), -1.0, 1.0)
-    return Moments(len(values), float(values.mean()), float(values.std()))
-
-
-def measure(
-    facts: Facts,
-    encode: Callable[[Sequence[str]], NDArray[np.float32]],
-    limit: int,
-    seed: int,
-    identical: bool = True,
-) -> tuple[dict[Pair, Moments], dict[str, dict[Pair, Moments]], list[str]]:
-    """Statistics of equivalent texts by pair, the further ones by name and pair, and the languages whose own pair
-    compares texts with themselves.
-
-    `encode` gives one row of length 1 per text and is called once, with distinct texts. Raises ConfigError where no
-    two languages share a fact.
-    """
-    pairs = [language_pair(a, b) for a, b in combinations_with_replacement(facts, 2)]
-    drawn = {pair: draw(facts, pair, limit, seed, identical) for pair in pairs}
-    drawn = {pair: comparisons for pair, comparisons in drawn.items() if comparisons}
-    if not any(a != b for a, b in drawn):
-        raise ConfigError(
-            f"--data: no fact is there in two languages (languages: {', '.join(facts)}); the texts of one fact_id "
-            "must be translations of each other."
-        )
-    used: dict[str, set[str]] = {language: set() for language in facts}
-    meaning: dict[str, dict[str, set[str]]] = {language: defaultdict(set) for language in facts}
-    for language, by_fact in facts.items():
-        for fact, texts in by_fact.items():
-            for text in texts:
-                meaning[language][text].add(fact)
-    for (a, b), comparisons in drawn.items():
-        for left, right, other, _ in comparisons:
-            used[a].add(left)
-            used[b] |= {right, other} - {""}
-    pool = {language: sorted(texts) for language, texts in used.items()}
-    texts = list(dict.fromkeys(text for language in pool for text in pool[language]))
-    row_of = {text: i for i, text in enumerate(texts)}
-    vectors = encode(texts)
-
-    equivalent: dict[Pair, Moments] = {}
-    mismatch: dict[Pair, Moments] = {}
-    hardest: dict[Pair, Moments] = {}
-    for (a, b), comparisons in drawn.items():
-        left = vectors[[row_of[c[0]] for c in comparisons]].astype(np.float64)
-        right = vectors[[row_of[c[1]] for c in comparisons]].astype(np.float64)
-        equivalent[a, b] = moments(np.einsum("nd,nd->n", left, right))
-        apart = [i for i, c in enumerate(comparisons) if c[2]]
-        if apart:
-            other = vectors[[row_of[comparisons[i][2]] for i in apart]].astype(np.float64)
-            mismatch[a, b] = moments(np.einsum("nd,nd->n", left[apart], other))
-        cosines = left @ vectors[[row_of[text] for text in pool[b]]].astype(np.float64).T
-        for i, (_, _, _, fact) in enumerate(comparisons):
-            own = [j for j, text in enumerate(pool[b]) if fact in meaning[b][text]]
-            cosines[i, own] = -np.inf
-        best = cosines.max(axis=1)
-        if np.isfinite(best).any():
-            hardest[a, b] = moments(best[np.isfinite(best)])
-    themselves = [a for (a, b), comparisons in drawn.items() if a == b and comparisons[0][0] == comparisons[0][1]]
-    return equivalent, {"mismatch": mismatch, "hardest": hardest}, themselves
-
-
-def table(statistics: PairStatistics) -> str:
-    """Mean cosines per language: over its pairs with other languages, and with itself."""
-    lines = [f"{'language':<10}{'own':>8}{'others':>8}{'mismatch':>10}{'hardest':>9}{'samples':>9}"]
-
-    def mean(pairs: Mapping[Pair, Moments], keys: Sequence[Pair]) -> str:
-        known = [pairs[key] for key in keys if key in pairs]
-        total = sum(m.count for m in known)
-        return f"{sum(m.count * m.mean for m in known) / total:.3f}" if total else "-"
-
-    for language in sorted({language for pair in statistics.pairs for language in pair}):
-        own = [(language, language)]
-        others = [pair for pair in statistics.pairs if language in pair and pair[0] != pair[1]]
-        samples = sum(statistics.pairs[pair].count for pair in others)
-        lines.append(
-            f"{language:<10}{mean(statistics.pairs, own):>8}{mean(statistics.pairs, others):>8}"
-            f"{mean(statistics.extra['mismatch'], others):>10}{mean(statistics.extra['hardest'], others):>9}"
-            f"{samples:>9}"
-        )
-    lines.append(f"{len(statistics.pairs)} pairs, mu_ref {statistics.mean():.4f}")
-    return "\n".join(lines)
+_NOT_OPTIONS = ("path", "cache_size")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; settings of the encoder are there only where they were given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="parquet or JSONL with fact_id, language, text")
-    parser.add_argument("--encoder", required=True, help="directory of the sentence-transformers model")
-    parser.add_argument("--out", required=True, help="JSON file to write")
-    parser.add_argument("--pairs-per-language-pair", type=int, default=200, help="samples per pair (default 200)")
+    parser.add_argument("--data", required=True, help="parquet, JSONL or TSV of parallel texts")
+    parser.add_argument("--out", required=True, help="JSON file to write, with the report beside it")
+    parser.add_argument("--facts", type=int, default=2000, help="facts kept, and as many to check (default 2000)")
     parser.add_argument("--split", help="only rows with this value in the column 'split'")
+    parser.add_argument("--check-split", help="rows with this value are for the check, not for the statistics")
+    parser.add_argument("--holdout", type=float, default=0.0, help="share of the facts set aside for the check")
     parser.add_argument("--no-identical", action="store_true", help="no pairs of a text with itself")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<index> (default auto)")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts per forward pass (default 64)")
-    parser.add_argument("--max-tokens", type=int, help="as encoder.max_tokens of the reward server")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    group = parser.add_argument_group("encoder, as in nemo_lrpo/config/scoring.py")
+    group.add_argument("--encoder", help="directory of the sentence-transformers model")
+    group.add_argument(
+        "--server-config",
+        nargs="+",
+        metavar=("NAME", "KEY=VALUE"),
+        help="take the encoder and its settings from a configuration of the reward server, with overrides",
+    )
+    types = typing.get_type_hints(EncoderConfig)
+    for field in dataclasses.fields(EncoderConfig):
+        if field.name not in _NOT_OPTIONS:
+            kind = int if int in (types[field.name], *typing.get_args(types[field.name])) else str
+            name = f"--{field.name.replace('_', '-')}"
+            group.add_argument(name, type=kind, default=argparse.SUPPRESS, help=f"default {field.default}")
     return parser.parse_args(arguments)
 
 
-def calibrate(options: argparse.Namespace) -> PairStatistics:
+def encoder_config(options: argparse.Namespace) -> EncoderConfig:
+    """What --server-config says, then what the single options say. Raises ConfigError."""
+    config = EncoderConfig()
+    if options.server_config:
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        name, *overrides = options.server_config
+        try:
+            config = to_dataclass(ServeRewardsConfig, compose(name, overrides)).encoder
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"--server-config {name}: {str(error).splitlines()[0]}.") from error
+    given = {name: value for name, value in vars(options).items() if hasattr(config, name)}
+    if options.encoder:
+        given["path"] = options.encoder
+    config = dataclasses.replace(config, **given, cache_size=0)
+    config.check("--encoder")
+    return config
+
+
+def calibrate(options: argparse.Namespace) -> Report:
     """Measure and write. Raises ConfigError before the encoder loads for what can be seen by then."""
     data, out = check_file("--data", options.data), Path(options.out)
-    check_range("--pairs-per-language-pair", options.pairs_per_language_pair, at_least=2)
-    config = EncoderConfig(
-        path=options.encoder,
-        device=options.device,
-        batch_size=options.batch_size,
-        max_tokens=options.max_tokens,
-        cache_size=0,
-    )
-    config.check("--encoder")
+    check_range("--facts", options.facts, at_least=2)
+    check_range("--holdout", options.holdout, at_least=0.0, below=1.0)
+    if options.holdout and options.check_split:
+        raise ConfigError("--holdout and --check-split both set facts aside for the check; give one of them.")
+    config = encoder_config(options)
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise ConfigError(f"--out {str(out)!r} cannot be written; give a file in an existing, writable directory.")
-    facts = read_facts(data, options.split)
-    from nemo_lrpo.rewards.similarity import SentenceEncoder
+    progress = not options.quiet
+    wanted = Wanted(options.split, options.check_split, options.holdout)
+    facts, check = read_facts(data, wanted, options.facts, options.seed, progress)
+    from nemo_lrpo.rewards.encoder import SentenceEncoder
 
     encoder = SentenceEncoder(config)
-    equivalent, extra, identical = measure(
-        facts,
-        lambda texts: encoder.encode(texts, progress=True),
-        options.pairs_per_language_pair,
-        options.seed,
-        not options.no_identical,
-    )
+    long = {"truncated": 0, "chunked": 0}
+
+    def encode(texts: Sequence[str], role: str) -> NDArray[np.float32]:
+        found = encoder.embed(texts, [role] * len(texts), progress=progress)
+        long["truncated"] += int(found.truncated.sum())
+        long["chunked"] += int(found.chunked.sum())
+        return found.rows
+
+    two_roles = config.reference_prompt != config.response_prompt
+    identical, seed = not options.no_identical, options.seed
+    languages = encode_facts(facts, encode, two_roles)
+    found, themselves = measure(languages, seed, identical, progress)
     source = {
-        "data": file_hash(data),
+        "data": f"{data.name} {file_hash(data)}",
         "split": options.split,
-        "pairs_per_language_pair": options.pairs_per_language_pair,
-        "seed": options.seed,
-        "identical": identical,
+        "check_split": options.check_split,
+        "holdout": options.holdout,
+        "seed": seed,
+        "facts": _number_of(facts),
+        "identical": themselves,
+        "encoder": {"name": Path(str(config.path)).name, **_settings(config)},
+        "texts": sum(len(texts) for by_fact in facts.values() for texts in by_fact.values()),
+        **long,
     }
-    statistics = PairStatistics(encoder.identity, equivalent, extra, source)
+    statistics = PairStatistics(encoder.identity, **found, source=source)
+    compared = compare_all(encode_facts(check, encode, two_roles) if check else languages, seed, identical, progress)
+    report = Report(statistics, compare_methods(statistics, compared), _number_of(check or facts), bool(check))
+    # The report first: statistics that are there are complete in every respect.
+    write_report(out, report)
     write_statistics(out, statistics)
-    return statistics
+    return report
+
+
+def _number_of(facts: Facts) -> int:
+    return len({fact for by_fact in facts.values() for fact in by_fact})
+
+
+def _settings(config: EncoderConfig) -> dict[str, object]:
+    """All but what belongs to this machine."""
+    hidden = ("path", "device", "batch_tokens", "cache_size")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in hidden}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; 2 with one line on standard error for what the user can mend."""
     options = parse(arguments)
     try:
-        statistics = calibrate(options)
+        report = calibrate(options)
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
         return 2
-    print(table(statistics))
-    identical = statistics.source["identical"]
-    if identical:
-        print(f"one wording per fact, compared with itself: {', '.join(identical)}")
-    print(f"written: {options.out}")
+    print(summary(report))
+    if themselves := report.statistics.source["identical"]:
+        print(f"one wording per fact, compared with itself: {', '.join(themselves)}")
+    print(f"written: {options.out}, report: {options.out}.report.md")
     return 0
 
 

@@ -25,8 +25,8 @@ step "models: tokenizer, base model, encoder"
 $python tools/build_models.py --data build/data --out build/models
 step "calibration of the encoder"
 if [ ! -f build/models/calibration.json ] || [ build/models/encoder -nt build/models/calibration.json ]; then
-  $python tools/calibrate.py --data build/data/parallel.parquet --split train --encoder build/models/encoder \
-    --out build/models/calibration.json
+  $python tools/calibrate.py --data build/data/parallel.parquet --split calibration --check-split heldout \
+    --server-config demo_rewards --out build/models/calibration.json
 fi
 
 rm -rf "$results"

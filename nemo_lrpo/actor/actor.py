@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -39,7 +41,6 @@ class MegatronActor:
         self._config = config
         self._engine: RolloutEngine = build_engine(policy.model, config.rollout)
         self._tokenizer = policy.model.tokenizer
-        self._languages = {language: index for index, language in enumerate(config.data.languages)}
         self._reference: torch.Tensor | None = None
 
     @property
@@ -267,33 +268,12 @@ class MegatronActor:
     # -- agreement, files ----------------------------------------------------------------------------------------
 
     def join_scores(self, sample_ids: Sequence[str], local: Mapping[str, Score]) -> dict[str, Score]:
-        names = list(self._languages)
-        table = torch.zeros(len(sample_ids), 8, dtype=torch.float64)
-        for row, sample_id in enumerate(sample_ids):
-            score = local.get(sample_id)
-            if score is not None:
-                language = -1.0 if score.language is None else float(self._languages.get(score.language, len(names)))
-                table[row] = torch.tensor(
-                    [
-                        1.0,
-                        score.similarity,
-                        score.calibrated,
-                        score.quality,
-                        language,
-                        score.confidence,
-                        score.gate,
-                        score.reward,
-                    ],
-                    dtype=torch.float64,
-                )
-        joined = {}
-        for sample_id, (known, *parts) in zip(sample_ids, collectives.sum_over_ranks(table).tolist(), strict=True):
-            if known == 1.0:
-                similarity, calibrated, quality, language, confidence, gate, reward = parts
-                index = int(language)
-                name = None if index < 0 else names[index] if index < len(names) else "other"
-                joined[sample_id] = Score(sample_id, similarity, calibrated, quality, name, confidence, gate, reward)
-        return joined
+        own = json.dumps([dataclasses.asdict(score) for score in local.values()])
+        known: dict[str, Score] = {}
+        for block in collectives.gather_bytes(own.encode()):
+            for record in json.loads(block):
+                known[record["sample_id"]] = Score(**{**record, "flags": tuple(record["flags"])})
+        return {sample_id: known[sample_id] for sample_id in sample_ids if sample_id in known}
 
     def agree(self, error: BaseException | None) -> None:
         collectives.agree(error)

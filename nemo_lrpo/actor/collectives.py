@@ -1,4 +1,4 @@
-"""Collectives over all ranks of the job. Tensors only: nothing is pickled across ranks."""
+"""Collectives over all ranks of the job. Tensors and bytes only: nothing is pickled across ranks."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ def max_over_ranks(value: int) -> int:
     result = torch.tensor(value, dtype=torch.int64, device=torch.cuda.current_device())
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
     return int(result.item())
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """Every rank's `data`, by rank. Lengths may differ."""
+    device = torch.cuda.current_device()
+    width = max_over_ranks(len(data))
+    own = torch.zeros(8 + width, dtype=torch.uint8)
+    own[: 8 + len(data)] = torch.frombuffer(bytearray(len(data).to_bytes(8, "little") + data), dtype=torch.uint8)
+    rows = [torch.empty_like(own, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own.to(device))
+    blocks = [row.cpu().numpy().tobytes() for row in rows]
+    return [block[8 : 8 + int.from_bytes(block[:8], "little")] for block in blocks]
 
 
 def agree(error: BaseException | None) -> None:

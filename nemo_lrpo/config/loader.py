@@ -44,7 +44,9 @@ def to_dataclass(schema: type[T], node: Mapping[str, Any] | DictConfig | None, k
     _refuse_unknown(schema, tree, key)
     _refuse_missing(tree, key)
     try:
-        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree)))
+        defaults = OmegaConf.structured(schema)
+        _empty_given_mappings(schema, defaults, tree)
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(defaults, tree)))
     except OmegaConfBaseException as error:
         where = ".".join(part for part in (key, error.full_key) if part)
         raise ConfigError(f"{where}: {error.msg.splitlines()[0] if error.msg else error}.") from error
@@ -140,8 +142,27 @@ def _refuse_unknown(schema: Any, node: DictConfig, key: str) -> None:
         if name not in hints:
             raise ConfigError(unknown_key_message(str(name), hints, key or "configuration"))
         child = node._get_node(name)
-        if dataclasses.is_dataclass(hints[name]) and isinstance(child, DictConfig) and not child._is_missing():
+        if not isinstance(child, DictConfig) or child._is_missing() or child._is_none():
+            continue
+        if dataclasses.is_dataclass(hints[name]):
             _refuse_unknown(hints[name], child, where)
+        elif typing.get_origin(hints[name]) is dict and dataclasses.is_dataclass(typing.get_args(hints[name])[1]):
+            for entry in child:
+                value = child._get_node(entry)
+                if isinstance(value, DictConfig):
+                    _refuse_unknown(typing.get_args(hints[name])[1], value, f"{where}.{entry}")
+
+
+def _empty_given_mappings(schema: Any, defaults: DictConfig, node: DictConfig) -> None:
+    """A mapping that is given replaces the default one: merged into it, no entry could ever be taken out."""
+    for name, hint in typing.get_type_hints(schema).items():
+        child = node._get_node(name) if name in node else None
+        if not isinstance(child, DictConfig) or child._is_none() or child._is_missing():
+            continue
+        if typing.get_origin(hint) is dict:
+            defaults[name] = {}
+        elif dataclasses.is_dataclass(hint):
+            _empty_given_mappings(hint, defaults[name], child)
 
 
 def _refuse_missing(node: DictConfig, key: str) -> None:

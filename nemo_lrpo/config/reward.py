@@ -6,7 +6,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from nemo_lrpo.config.checks import ConfigError, check_file, check_range
 from nemo_lrpo.config.scoring import ScorerConfig
@@ -19,18 +19,25 @@ class RewardServerConfig:
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs a token."""
     port: int = 0
-    """gRPC port, the only one; 0 picks a free one."""
+    """gRPC port; 0 picks a free one."""
+    metrics_port: Optional[int] = None
+    """HTTP port, on `host`, for Prometheus (/metrics) and health (/healthz, /readyz); 0 picks a free one, unset: none.
+    Where there is a token, it is wanted there too (Authorization: Bearer)."""
     advertise_host: Optional[str] = None
     """Name or address that the endpoint file gives to clients; unset: `host`, or this machine's name where `host` is
     0.0.0.0 or ::."""
     endpoint_file: Optional[str] = None
-    """JSON file with host, port, process id and token file, written when the server is ready, removed when it ends."""
+    """JSON file with host, ports, process id and token file, written when the server is ready, removed when it ends."""
     token_file: Optional[str] = None
     """File with the token that every request must carry; unset: the variable LRPO_REWARD_TOKEN, or none."""
+    concurrency: int = 4
+    """Requests scored at once: while one is encoded, others are read, tokenised and identified."""
+    max_pending: int = 64
+    """Requests that wait for one of these places; further ones are told when to come back."""
     max_texts_per_request: int = 1024
     """Samples in one request; more are refused."""
     max_text_chars: int = 65536
-    """Characters of one response or reference; a request with a longer one is refused."""
+    """Characters of one response, reference or question; a request with a longer one is refused."""
     max_request_bytes: int = 33554432
     """Size of one request; a larger one is refused unparsed."""
     triton_log: Optional[str] = None
@@ -42,13 +49,16 @@ class RewardServerConfig:
         """Raise ConfigError unless a server can listen so. `key` is the section's name, empty at the top level."""
         at = f"{key}." if key else ""
         check_range(f"{at}port", self.port, at_least=0, at_most=65535)
+        if self.metrics_port is not None:
+            check_range(f"{at}metrics_port", self.metrics_port, at_least=0, at_most=65535)
         if not is_loopback(self.host) and read_token(f"{at}token_file", self.token_file) is None:
             raise ConfigError(
                 f"{at}host={self.host!r} listens beyond loopback, which needs a token: set {at}token_file or the "
                 "environment variable LRPO_REWARD_TOKEN."
             )
         read_token(f"{at}token_file", self.token_file)
-        for name in ("max_texts_per_request", "max_text_chars", "max_request_bytes", "exit_timeout_s"):
+        limits = ("concurrency", "max_pending", "max_texts_per_request", "max_text_chars", "max_request_bytes")
+        for name in (*limits, "exit_timeout_s"):
             check_range(f"{at}{name}", getattr(self, name), at_least=1)
         if self.triton_log and any(character.isspace() for character in self.triton_log):
             raise ConfigError(
@@ -70,22 +80,25 @@ class ServeRewardsConfig(ScorerConfig, RewardServerConfig):
 class RewardClientConfig:
     """`reward`: how a run reaches the reward server, and what it accepts from it."""
 
-    endpoint_file: Optional[str] = None
-    """File that the server publishes; read anew for every connection, so that a restarted server is found again."""
-    endpoint: Optional[str] = None
-    """host:port of the server, in place of endpoint_file."""
+    endpoint_file: Any = None
+    """File that the server publishes, or a list of such files, one for each replica; read anew for every connection, so
+    that a restarted server is found again."""
+    endpoint: Any = None
+    """host:port of the server, or a list of them, in place of endpoint_file."""
     token_file: Optional[str] = None
-    """File with the server's token; unset: the one named by endpoint_file, then the variable LRPO_REWARD_TOKEN."""
+    """File with the servers' token; unset: the one named by endpoint_file, then the variable LRPO_REWARD_TOKEN."""
     deadline_s: float = 600.0
     """Seconds from submitting samples to their scores; no call takes longer."""
     connect_timeout_s: float = 60.0
-    """Seconds for which a server that cannot be reached is tried again, within the deadline."""
+    """Seconds for which servers are tried again while none can be reached, within the deadline."""
     startup_timeout_s: float = 300.0
-    """Seconds to wait at the start of a run until the server is ready."""
+    """Seconds to wait at the start of a run until a server is ready."""
     max_texts_per_request: int = 64
     """Samples per request; a submission is cut into requests of this size, which travel at once."""
     concurrency: int = 4
-    """Requests on their way at once."""
+    """Requests on their way at once, for each replica."""
+    max_outstanding_texts: int = 8192
+    """Samples submitted and not scored yet; where there are more, submitting waits, at most until its deadline."""
     max_missing_share: float = 0.1
     """A step with a larger share of samples without reward is refused; below it they are masked and counted."""
     encoder: Optional[str] = None
@@ -98,14 +111,32 @@ class RewardClientConfig:
                 f"set one of {key}.endpoint_file (written by nemo_lrpo.serve_rewards) and {key}.endpoint (host:port), "
                 f"not {'both' if self.endpoint else 'none'}."
             )
+        sources = self.sources(key)
+        values = [value for _, value in sources]
+        if not values or not all(isinstance(v, str) and v for v in values) or len(set(values)) != len(values):
+            name = "endpoint" if self.endpoint is not None else "endpoint_file"
+            raise ConfigError(
+                f"{key}.{name}={getattr(self, name)!r}; give a string, or a list of different strings, one for each "
+                "replica."
+            )
         if self.endpoint is not None:
-            parse_endpoint(f"{key}.endpoint", self.endpoint)
+            for name, value in sources:
+                parse_endpoint(name, value)
         read_token(f"{key}.token_file", self.token_file)
         for name in ("deadline_s", "connect_timeout_s", "startup_timeout_s"):
             check_range(f"{key}.{name}", getattr(self, name), above=0.0, below=float("inf"))
         for name in ("max_texts_per_request", "concurrency"):
             check_range(f"{key}.{name}", getattr(self, name), at_least=1)
+        check_range(f"{key}.max_outstanding_texts", self.max_outstanding_texts, at_least=self.max_texts_per_request)
         check_range(f"{key}.max_missing_share", self.max_missing_share, at_least=0.0, at_most=1.0)
+
+    def sources(self, key: str = "reward") -> list[tuple[str, Any]]:
+        """Where each replica is found: the key that says so, with its place in a list, and the value there."""
+        name = "endpoint" if self.endpoint is not None else "endpoint_file"
+        value = getattr(self, name)
+        if isinstance(value, (list, tuple)):
+            return [(f"{key}.{name}[{place}]", each) for place, each in enumerate(value)]
+        return [(f"{key}.{name}", value)]
 
 
 def is_loopback(host: str) -> bool:

@@ -1,132 +1,287 @@
 """Similarities of different language pairs brought to one scale.
 
-An encoder places equivalent texts of some language pairs closer together than those of others. Mean calibration
-(paper, calibration section) subtracts how far a pair's mean lies from that of all pairs:
+An encoder places equivalent texts of some language pairs closer together than those of others. With s the cosine, n the
+samples of the pair, k = shrinkage_k, mu and nu the pair's means of equivalent and of mismatched texts, and
+lambda_n = n / (n + k):
 
-    s' = clip(s - lambda_n (mu_pair - mu_ref), -1, 1),   lambda_n = n / (n + k)
+mean (paper, calibration section)
+    s' = s - lambda_n (mu_pair - mu_ref), mu_ref the count-weighted mean of mu over all pairs.
+affine
+    s' = U + (s - u_ab) (U - V) / (u_ab - v_ab). For two languages u_ab = u + e_a + e_b, the count-weighted least
+    squares fit to mu, and v_ab likewise to nu: any two languages that were measured have a line, their pair measured or
+    not. Pairs of one language do not enter the fit (a text compared with itself says nothing of e_a); they keep their
+    own mu and nu. U and V are the count-weighted means of mu and nu over all pairs. (U - V) / (u_ab - v_ab) is at most
+    MAX_SLOPE; where that binds, equivalents still come to U.
+quantile
+    s' = 2 F(s) - 1 with F = lambda_n F_pair + (1 - lambda_n) F_pooled; F_pair the distribution of equivalents,
+    mismatches and hardest negatives in equal parts, F_pooled that of all pairs of its kind (one language, or two).
+    Linear between the stored quantiles; a value that many samples share stands at the middle of its step, so that a
+    text compared with itself is worth as much as the average equivalent. A share UNIFORM of a uniform distribution
+    keeps F strictly increasing where there is no sample.
 
-mu_ref is the count-weighted mean over all pairs, n the pair's number of samples. Pairs are unordered.
+Pairs are unordered. How s' becomes r_qual in [0, 1]: quantile, F itself; mean and affine with bounds=rescale,
+
+    r_qual = (s' - low) / (high - low), low and high the least and greatest s' of any pair, for s in [-1, 1],
+
+and with bounds=clip, as published, (s' + 1) / 2 with s' clipped to [-1, 1].
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-import math
-import os
-import tempfile
-from collections import Counter
+import bisect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.scoring import CalibrationConfig
+from nemo_lrpo.rewards.statistics import (
+    Moments,
+    Pair,
+    PairStatistics,
+    language_pair,
+    read_statistics,
+    weighted_mean,
+)
 
-FORMAT = "nemo_lrpo pair statistics"
-VERSION = 1
-
-RELEASED_NAMES = {
-    "Arabic": "ar",
-    "Chinese": "zh",
-    "Dutch": "nl",
-    "English": "en",
-    "French": "fr",
-    "German": "de",
-    "Indonesian": "id",
-    "Italian": "it",
-    "Japanese": "ja",
-    "Korean": "ko",
-    "Polish": "pl",
-    "Portuguese": "pt",
-    "Russian": "ru",
-    "Spanish": "es",
-    "Vietnamese": "vi",
-}
-"""Language names of the released table and their ISO 639-1 codes."""
-
-Pair = tuple[str, str]
-
-
-def language_pair(a: str, b: str) -> Pair:
-    """The unordered pair of two languages."""
-    return (a, b) if a <= b else (b, a)
+MAX_SLOPE = 2.0
+"""affine: at most this factor on a difference of cosines, however close a pair's equivalents and mismatches lie."""
+UNIFORM = 0.01
+"""quantile: share of a uniform distribution over [-1, 1] in every F."""
+_POOLED_POINTS = 513
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Number of samples, mean and (population) standard deviation of a cosine."""
+class Calibrated:
+    """value: s', about [-1, 1]. quality: r_qual in [0, 1], the same increasing function of s' for all pairs. known:
+    whether the pair has statistics."""
 
-    count: int
-    mean: float
-    std: float
-
-
-@dataclass(frozen=True)
-class PairStatistics:
-    """What tools/calibrate.py measures. encoder: identity of the encoder. pairs: cosine of equivalent texts by
-    unordered pair. extra: further statistics by name and pair (mismatches, hardest negatives), not used here.
-    source: how they were measured, as free key-value pairs."""
-
-    encoder: str
-    pairs: Mapping[Pair, Moments]
-    extra: Mapping[str, Mapping[Pair, Moments]] = field(default_factory=dict)
-    source: Mapping[str, Any] = field(default_factory=dict)
-
-    def mean(self, pairs: Iterable[Pair] | None = None) -> float:
-        """Count-weighted mean over `pairs`, by default over all: mu_ref."""
-        moments = [self.pairs[pair] for pair in (self.pairs if pairs is None else pairs)]
-        return math.fsum(m.count * m.mean for m in moments) / sum(m.count for m in moments)
+    value: float
+    quality: float
+    known: bool
 
 
 class Calibration(Protocol):
-    """Brings similarities to one scale."""
+    """Brings similarities to one scale. May be shared by threads."""
 
-    def calibrate(self, similarity: float, reference_language: str, response_language: str) -> float:
-        """s' of one comparison, in [-1, 1]."""
+    def apply(self, similarity: float, reference_language: str, response_language: str) -> Calibrated:
+        """One comparison; `similarity` is finite."""
+
+
+class Line(NamedTuple):
+    """s' = offset + slope * s."""
+
+    offset: float
+    slope: float
+
+    def __call__(self, similarity: float) -> float:
+        return self.offset + self.slope * similarity
+
+
+IDENTITY = Line(0.0, 1.0)
 
 
 class NoCalibration:
     """s' = s."""
 
-    def calibrate(self, similarity: float, reference_language: str, response_language: str) -> float:
-        return similarity
+    def apply(self, similarity: float, reference_language: str, response_language: str) -> Calibrated:
+        """See Calibration."""
+        return Calibrated(similarity, _unit((similarity + 1.0) / 2.0), True)
 
 
-class MeanCalibration:
-    """The module's equation. unknown_pairs counts the comparisons made in pairs without statistics; what happens to
-    those is `unknown_pair`, see CalibrationConfig."""
+class LinearCalibration:
+    """A line per pair; `unknown` are those of pairs without statistics: of two languages, of one."""
+
+    def __init__(self, lines: Mapping[Pair, Line], unknown: tuple[Line, Line], bounds: str = "rescale"):
+        every = [*lines.values(), *unknown]
+        self._lines = dict(lines)
+        self._unknown = unknown
+        self._clip = bounds == "clip"
+        self._low = min(line(-1.0) for line in every)
+        self._width = max(line(1.0) for line in every) - self._low
+
+    def apply(self, similarity: float, reference_language: str, response_language: str) -> Calibrated:
+        """See Calibration."""
+        line = self._lines.get(language_pair(reference_language, response_language))
+        known = line is not None
+        if line is None:
+            line = self._unknown[reference_language == response_language]
+        value = line(similarity)
+        if self._clip:
+            value = min(1.0, max(-1.0, value))
+            return Calibrated(value, (value + 1.0) / 2.0, known)
+        return Calibrated(value, _unit((value - self._low) / self._width), known)
+
+
+def mean_calibration(
+    statistics: PairStatistics, shrinkage_k: float = 0.0, unknown_pair: str = "reference", bounds: str = "rescale"
+) -> LinearCalibration:
+    """The module's equation `mean`; the other arguments as in CalibrationConfig."""
+    pairs = statistics.equivalent
+    mu_ref = weighted_mean(pairs.values())
+
+    def of_kind(same: bool) -> Line:
+        kind = [m for pair, m in pairs.items() if (pair[0] == pair[1]) is same]
+        return Line(mu_ref - weighted_mean(kind), 1.0) if kind and unknown_pair != "raw" else IDENTITY
+
+    lines = {pair: Line(-m.count / (m.count + shrinkage_k) * (m.mean - mu_ref), 1.0) for pair, m in pairs.items()}
+    return LinearCalibration(lines, (of_kind(False), of_kind(True)), bounds)
+
+
+def affine_calibration(
+    statistics: PairStatistics, unknown_pair: str = "reference", bounds: str = "rescale"
+) -> LinearCalibration:
+    """The module's equation `affine`. Raises ConfigError where mismatches were not measured, or are as similar as
+    equivalents."""
+    equivalent, mismatch = statistics.equivalent, statistics.mismatch
+    if not mismatch:
+        raise ConfigError("method=affine needs the mismatches of each pair, and the statistics hold none.")
+    top, bottom = weighted_mean(equivalent.values()), weighted_mean(mismatch.values())
+    if top <= bottom:
+        raise ConfigError(
+            f"method=affine: equivalent texts (mean cosine {top:.4f}) are no more similar than mismatched ones "
+            f"({bottom:.4f}) under this encoder."
+        )
+
+    def line(upper: float, lower: float) -> Line:
+        slope = (top - bottom) / max(upper - lower, (top - bottom) / MAX_SLOPE)
+        return Line(top - slope * upper, slope)
+
+    ends = {pair: (equivalent[pair].mean, mismatch[pair].mean) for pair in equivalent.keys() & mismatch.keys()}
+    own = {pair: end for pair, end in ends.items() if pair[0] == pair[1]}
+    upper, lower = main_effects(equivalent), main_effects(mismatch)
+    languages = sorted(upper.effects.keys() & lower.effects.keys())
+    across = {(a, b): (upper(a, b), lower(a, b)) for i, a in enumerate(languages) for b in languages[i + 1 :]}
+
+    def of_kind(kind: Mapping[Pair, tuple[float, float]]) -> Line:
+        known = [pair for pair in kind if pair in ends]
+        if not known or unknown_pair == "raw":
+            return IDENTITY
+        return line(*(weighted_mean(side[pair] for pair in known) for side in (equivalent, mismatch)))
+
+    lines = {pair: line(*end) for pair, end in {**own, **across}.items()}
+    return LinearCalibration(lines, (of_kind(across), of_kind(own)), bounds)
+
+
+@dataclass(frozen=True)
+class MainEffects:
+    """level + effects[a] + effects[b] for a pair of two languages."""
+
+    level: float
+    effects: Mapping[str, float]
+
+    def __call__(self, a: str, b: str) -> float:
+        return self.level + self.effects[a] + self.effects[b]
+
+
+def main_effects(samples: Mapping[Pair, Moments]) -> MainEffects:
+    """Count-weighted least squares of the means of pairs of two languages; of all best fits the one with the smallest
+    effects. Without such pairs no language has an effect."""
+    pairs = [pair for pair in samples if pair[0] != pair[1]]
+    languages = sorted({language for pair in pairs for language in pair})
+    if not pairs:
+        return MainEffects(0.0, {})
+    means = np.array([samples[pair].mean for pair in pairs])
+    weights = np.sqrt([samples[pair].count for pair in pairs])
+    design = np.array([[float(language in pair) for language in languages] for pair in pairs])
+    # The level is not estimable beside the effects: it is taken off first.
+    level = weighted_mean(samples[pair] for pair in pairs)
+    effects = np.linalg.lstsq(design * weights[:, None], (means - level) * weights, rcond=None)[0]
+    return MainEffects(level, dict(zip(languages, effects.tolist(), strict=True)))
+
+
+class Distribution:
+    """F at increasing points x from -1 to 1, linear between them: float64 [N] both."""
+
+    def __init__(self, x: NDArray[np.float64], level: NDArray[np.float64]):
+        self.x = x
+        self.level = level
+        # np.interp takes several times as long for a single value.
+        self._points: list[float] = x.tolist()
+        self._levels: list[float] = level.tolist()
+
+    def __call__(self, similarity: float) -> float:
+        right = bisect.bisect_right(self._points, similarity, 1, len(self._points) - 1)
+        left, low = self._points[right - 1], self._levels[right - 1]
+        return low + (self._levels[right] - low) * (similarity - left) / (self._points[right] - left)
+
+
+class QuantileCalibration:
+    """The module's equation `quantile`. `statistics` hold the quantiles of all their samples."""
 
     def __init__(self, statistics: PairStatistics, shrinkage_k: float = 0.0, unknown_pair: str = "reference"):
-        pairs = statistics.pairs
-        mu_ref = statistics.mean()
-        self._shift = {pair: m.count / (m.count + shrinkage_k) * (m.mean - mu_ref) for pair, m in pairs.items()}
-        self._unknown_shift = {True: 0.0, False: 0.0}
-        if unknown_pair != "raw":
-            for same in (True, False):
-                kind = [pair for pair in pairs if (pair[0] == pair[1]) is same]
-                if kind:
-                    self._unknown_shift[same] = statistics.mean(kind) - mu_ref
-        self.mu_ref = mu_ref
-        self.unknown_pairs: Counter[Pair] = Counter()
+        pairs = statistics.equivalent
+        self._own = {pair: mixed_distribution(statistics.kinds(pair).values()) for pair in pairs}
+        self._share = {pair: m.count / (m.count + shrinkage_k) for pair, m in pairs.items()}
+        self._raw = unknown_pair == "raw"
+        self._pooled = tuple(self._pool(statistics, same) for same in (False, True))
 
-    def calibrate(self, similarity: float, reference_language: str, response_language: str) -> float:
-        """s' of one comparison, in [-1, 1]; NaN stays NaN."""
+    def _pool(self, statistics: PairStatistics, same: bool) -> Distribution:
+        kind = [pair for pair in self._own if (pair[0] == pair[1]) is same] or list(self._own)
+        # Where the samples are, there are the points; a bounded number of them, whatever the number of pairs.
+        every = np.concatenate([self._own[pair].x for pair in kind])
+        x = np.unique([*np.quantile(every, np.linspace(0.0, 1.0, _POOLED_POINTS)), -1.0, 1.0])
+        counts = [statistics.equivalent[pair].count for pair in kind]
+        levels = [np.interp(x, self._own[pair].x, self._own[pair].level) for pair in kind]
+        return Distribution(x, np.average(levels, axis=0, weights=counts))
+
+    def apply(self, similarity: float, reference_language: str, response_language: str) -> Calibrated:
+        """See Calibration."""
         pair = language_pair(reference_language, response_language)
-        shift = self._shift.get(pair)
-        if shift is None:
-            self.unknown_pairs[pair] += 1
-            shift = self._unknown_shift[pair[0] == pair[1]]
-        return similarity if math.isnan(similarity) else min(1.0, max(-1.0, similarity - shift))
+        pooled = self._pooled[pair[0] == pair[1]]
+        own = self._own.get(pair)
+        if own is None:
+            quality = (similarity + 1.0) / 2.0 if self._raw else pooled(similarity)
+        else:
+            share = self._share[pair]
+            quality = own(similarity) if share == 1.0 else share * own(similarity) + (1 - share) * pooled(similarity)
+        quality = _unit(quality)
+        return Calibrated(2.0 * quality - 1.0, quality, own is not None)
+
+
+def mixed_distribution(samples: Iterable[Moments]) -> Distribution:
+    """Of samples in equal parts, and a share UNIFORM of a uniform distribution. Each sample has quantiles."""
+    steps = [_steps(m.quantiles) for m in samples]
+    x = np.unique(np.concatenate([*(points for points, _ in steps), [-1.0, 1.0]]))
+    mixed = np.mean([np.interp(x, points, level, left=0.0, right=1.0) for points, level in steps], axis=0)
+    return Distribution(x, (1.0 - UNIFORM) * mixed + UNIFORM * (x + 1.0) / 2.0)
+
+
+def _steps(quantiles: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Distinct values and the level of each; one that several quantiles share has the mean of their levels."""
+    values, place, counts = np.unique(np.asarray(quantiles), return_inverse=True, return_counts=True)
+    levels = np.linspace(0.0, 1.0, len(quantiles))
+    return values, np.bincount(place, weights=levels) / counts
+
+
+def _unit(value: float) -> float:
+    """`value` without the rounding that leads out of [0, 1]."""
+    return 0.0 if value < 0.0 else 1.0 if value > 1.0 else value
+
+
+def calibration_from(config: CalibrationConfig, statistics: PairStatistics) -> Calibration:
+    """The calibration that `config` asks for, from `statistics`; its path is not read. Raises ConfigError where the
+    statistics lack what the method needs."""
+    if config.method == "none":
+        return NoCalibration()
+    if config.method == "mean":
+        return mean_calibration(statistics, config.shrinkage_k, config.unknown_pair, config.bounds)
+    if config.method == "affine":
+        return affine_calibration(statistics, config.unknown_pair, config.bounds)
+    bare = [pair for pair in statistics.equivalent if not all(m.quantiles for m in statistics.kinds(pair).values())]
+    if bare:
+        raise ConfigError(f"method=quantile needs quantiles, and the statistics hold none of {'-'.join(min(bare))}.")
+    return QuantileCalibration(statistics, config.shrinkage_k, config.unknown_pair)
 
 
 def build_calibration(config: CalibrationConfig, encoder: str, languages: Sequence[str]) -> Calibration:
     """The calibration that `config` asks for, of the encoder with identity `encoder`.
 
-    Raises ConfigError for statistics of another encoder and, with unknown_pair=error, for pairs of `languages` without
-    statistics.
+    Raises ConfigError for statistics of another encoder, for those that lack what the method needs and, with
+    unknown_pair=error, for pairs of `languages` without statistics.
     """
     config.check("calibration")
     if config.method == "none":
@@ -135,119 +290,22 @@ def build_calibration(config: CalibrationConfig, encoder: str, languages: Sequen
     if statistics.encoder != encoder:
         raise ConfigError(
             f"calibration.path={config.path!r} was measured with encoder {statistics.encoder}, this one is {encoder}; "
-            "measure it again with tools/calibrate.py (and the same encoder.max_tokens)."
+            "measure it again with tools/calibrate.py (and the same settings of encoder)."
         )
+    try:
+        calibration = calibration_from(config, statistics)
+    except ConfigError as error:
+        raise ConfigError(
+            f"calibration.path={config.path!r}: {error} Measure it again with tools/calibrate.py, or choose "
+            "calibration.method=mean."
+        ) from error
     if config.unknown_pair == "error":
-        missing = [f"{a}-{b}" for a in languages for b in languages if a <= b and (a, b) not in statistics.pairs]
+        missing = [
+            f"{a}-{b}" for a in languages for b in languages if a <= b and not calibration.apply(0.0, a, b).known
+        ]
         if missing:
             raise ConfigError(
                 f"calibration.path={config.path!r} has no statistics for {', '.join(missing)}, and "
                 "calibration.unknown_pair=error asks for all; measure them, or choose reference or raw."
             )
-    return MeanCalibration(statistics, config.shrinkage_k, config.unknown_pair)
-
-
-def file_hash(path: str | Path) -> str:
-    """`sha256:...` of a small file."""
-    return f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
-
-
-def read_statistics(path: str | Path) -> PairStatistics:
-    """Statistics as write_statistics leaves them. Raises ConfigError naming the file and the offending entry."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ConfigError(f"{path}: no pair statistics ('format' is not {FORMAT!r}); tools/calibrate.py writes them.")
-    if content.get("version") != VERSION:
-        raise ConfigError(f"{path}: version {content.get('version')!r} is not known; accepted: {VERSION}.")
-    encoder = content.get("encoder")
-    if not isinstance(encoder, str) or not encoder:
-        raise ConfigError(f"{path}: encoder={encoder!r}; expected the identity of the encoder, sha256:....")
-    extra = content.get("extra", {})
-    if not isinstance(extra, dict):
-        raise ConfigError(f"{path}: extra={extra!r}; expected a mapping of names to lists of pairs.")
-    pairs = _read_pairs(content.get("pairs"), f"{path}: pairs")
-    if not pairs:
-        raise ConfigError(f"{path}: pairs is empty; measure at least one language pair.")
-    return PairStatistics(
-        encoder,
-        pairs,
-        {name: _read_pairs(rows, f"{path}: extra.{name}") for name, rows in extra.items()},
-        content.get("source", {}),
-    )
-
-
-def write_statistics(path: str | Path, statistics: PairStatistics) -> None:
-    """Write JSON that read_statistics takes; `path` appears complete or not at all."""
-
-    def rows(pairs: Mapping[Pair, Moments]) -> list[dict[str, Any]]:
-        return [
-            {"languages": list(pair), "count": m.count, "mean": m.mean, "std": m.std}
-            for pair, m in sorted(pairs.items())
-        ]
-
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "encoder": statistics.encoder,
-        "source": dict(statistics.source),
-        "pairs": rows(statistics.pairs),
-        "extra": {name: rows(pairs) for name, pairs in statistics.extra.items()},
-    }
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def read_released_table(path: str | Path) -> PairStatistics:
-    """The CSV table of the released code (lang_a, lang_b, count, mean, std; names in English).
-
-    It does not say which encoder it belongs to: `encoder` is empty, and build_calibration would refuse it. Raises
-    ConfigError naming file and row.
-    """
-    with Path(path).open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        rows = []
-        for number, row in enumerate(reader, start=2):
-            try:
-                languages = [RELEASED_NAMES[row["lang_a"]], RELEASED_NAMES[row["lang_b"]]]
-                moments = {"count": int(row["count"]), "mean": float(row["mean"]), "std": float(row["std"])}
-            except (KeyError, TypeError, ValueError) as error:
-                raise ConfigError(f"{path}: line {number}: {error!r} in {row!r}.") from error
-            rows.append({"languages": languages, **moments})
-    return PairStatistics("", _read_pairs(rows, f"{path}: row"))
-
-
-def _read_pairs(rows: object, where: str) -> dict[Pair, Moments]:
-    if not isinstance(rows, list):
-        raise ConfigError(f"{where} is not a list.")
-    pairs: dict[Pair, Moments] = {}
-    for i, row in enumerate(rows):
-        at = f"{where}[{i}]"
-        try:
-            a, b = row["languages"]
-            count, mean, std = row["count"], row["mean"], row["std"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{at}={row!r} needs languages (two codes), count, mean and std.") from error
-        if not (isinstance(a, str) and isinstance(b, str) and a and b):
-            raise ConfigError(f"{at}.languages={[a, b]!r}; expected two language codes.")
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ConfigError(f"{at}.count={count!r}; expected a whole number >= 1.")
-        for name, value, low, high in (("mean", mean, -1.0, 1.0), ("std", std, 0.0, 1.0)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-                raise ConfigError(f"{at}.{name}={value!r}; expected a number in [{low:g}, {high:g}].")
-        pair = language_pair(a, b)
-        if pair in pairs:
-            raise ConfigError(f"{at}: the pair {a}-{b} is listed twice; pairs are unordered.")
-        pairs[pair] = Moments(count, float(mean), float(std))
-    return pairs
+    return calibration

@@ -2,104 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import threading
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Protocol
 
 from nemo_lrpo.config.scoring import ScorerConfig
-from nemo_lrpo.rewards.calibration import MeanCalibration, build_calibration, file_hash
-from nemo_lrpo.rewards.language import LanguageIdentifier, bundled_lid_path
-from nemo_lrpo.rewards.similarity import ReferenceSimilarity
-from nemo_lrpo.types import Score, ScoreRequest
-
-
-@dataclass(frozen=True)
-class Quality:
-    """r_qual of one answer, in [0, 1], with the raw and the calibrated measure behind it, each in [-1, 1]."""
-
-    similarity: float
-    calibrated: float
-    quality: float
-
-
-class Verifier(Protocol):
-    """How good an answer is, whatever the language gate says. Another kind of verifier is one more such class."""
-
-    def verify(self, requests: Sequence[ScoreRequest], languages: Sequence[str]) -> list[Quality]:
-        """One quality per request, in order; `languages` are those that the responses are written in."""
-
-    def identity(self) -> dict[str, object]:
-        """What a value depends on, JSON-able."""
-
-    def counts(self) -> dict[str, int]:
-        """Events since construction, by name."""
-
-
-class SimilarityVerifier:
-    """Calibrated similarity s' to the reference answer; r_qual = clip((s' + 1) / 2, 0, 1)."""
-
-    def __init__(self, config: ScorerConfig):
-        self._config = config.calibration
-        self._similarity = ReferenceSimilarity(config.encoder)
-        self._calibration = build_calibration(config.calibration, self._similarity.encoder.identity, config.languages)
-
-    def verify(self, requests: Sequence[ScoreRequest], languages: Sequence[str]) -> list[Quality]:
-        """See Verifier. NaN where an embedding is not finite: such a reward is missing, not zero."""
-        cosines = self._similarity.cosines([r.response for r in requests], [r.reference for r in requests])
-        qualities = []
-        for request, language, similarity in zip(requests, languages, cosines.tolist()):
-            calibrated = self._calibration.calibrate(similarity, request.reference_language, language)
-            quality = calibrated if math.isnan(calibrated) else min(1.0, max(0.0, (calibrated + 1.0) / 2.0))
-            qualities.append(Quality(similarity, calibrated, quality))
-        return qualities
-
-    def identity(self) -> dict[str, object]:
-        """See Verifier: hashes of the encoder and of the statistics."""
-        calibration: dict[str, object] = {"method": self._config.method}
-        if self._config.method == "mean":
-            calibration |= {
-                "statistics": file_hash(str(self._config.path)),
-                "shrinkage_k": self._config.shrinkage_k,
-                "unknown_pair": self._config.unknown_pair,
-            }
-        return {"encoder": self._similarity.encoder.identity, "calibration": calibration}
-
-    def counts(self) -> dict[str, int]:
-        """See Verifier: unknown_pair/<a>-<b>, comparisons in pairs without statistics."""
-        if not isinstance(self._calibration, MeanCalibration):
-            return {}
-        return {f"unknown_pair/{a}-{b}": n for (a, b), n in sorted(self._calibration.unknown_pairs.items())}
+from nemo_lrpo.rewards.build import Part, build_parts
+from nemo_lrpo.rewards.gate import GateDecision, LanguageGate
+from nemo_lrpo.rewards.language import bundled_lid_path
+from nemo_lrpo.rewards.statistics import file_hash
+from nemo_lrpo.rewards.verifier import ShouldStop, Verdict, never
+from nemo_lrpo.types import FLAG_ABSTAINED, FLAG_EMPTY, Score, ScoreRequest
 
 
 class RewardScorer:
-    """Scores answers by similarity to the reference, gated by language. Loads its models; raises ConfigError where the
-    configuration, the encoder or the statistics do not fit together."""
+    """Scores answers by what `config.verifiers` say of them, gated by language. Loads its models; raises ConfigError
+    where the configuration, the encoder or the statistics do not fit together. May be shared by threads."""
 
     def __init__(self, config: ScorerConfig):
         config.check()
         self._languages = list(config.languages)
-        self._on_abstain = config.language_id.on_abstain
         # The cheap model first: what it refuses is refused before the encoder loads.
-        self._identifier = LanguageIdentifier(config.language_id, config.languages)
-        self._verifier: Verifier = SimilarityVerifier(config)
+        self._gate = LanguageGate(config.language_id, config.languages)
+        self._parts = build_parts(config)
         self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        gate = dataclasses.asdict(config.language_id)
         self._identity: dict[str, object] = {
-            **self._verifier.identity(),
             "languages": self._languages,
-            "language_id": file_hash(config.language_id.path or bundled_lid_path()),
-            "on_abstain": self._on_abstain,
+            "verifiers": {
+                part.name: {**dataclasses.asdict(part.config), **part.verifier.identity()} for part in self._parts
+            },
+            "encoder": next(
+                (found["encoder"] for part in self._parts if "encoder" in (found := part.verifier.identity())), None
+            ),
+            "language_id": {
+                **{name: value for name, value in gate.items() if name not in ("path", "threads")},
+                "model": file_hash(config.language_id.path or bundled_lid_path()),
+            },
             "versions": {name: version(name) for name in ("sentence-transformers", "torch", "fasttext")},
         }
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+    def score(self, requests: Sequence[ScoreRequest], should_stop: ShouldStop = never) -> list[Score]:
         """One score per request, in order, each with its request's sample id.
 
-        An empty response (white space counts as none) gets quality and gate 0 and is not encoded. A response whose
-        language cannot be said passes or fails by language_id.on_abstain and is calibrated as the requested language.
-        Raises ValueError for a request in a language that is not configured.
+        An empty response (white space counts as none) gets quality and gate 0 and no verifier sees it. A response whose
+        language cannot be said is calibrated as the requested one; its gate is language_id.on_abstain's. Raises
+        ValueError for a request in a language that is not configured, ScoringAbandoned once `should_stop` says so.
         """
         for request in requests:
             if request.language not in self._languages:
@@ -107,39 +59,112 @@ class RewardScorer:
                     f"sample {request.sample_id!r}: language={request.language!r} is not served; accepted: "
                     f"{', '.join(self._languages)}."
                 )
-        scores: list[Score] = [Score(r.sample_id, 0.0, 0.0, 0.0, None, 0.0, 0.0, 0.0) for r in requests]
-        places = [i for i, request in enumerate(requests) if request.response.strip()]
-        answered = [requests[i] for i in places]
-        identified = self._identifier.identify([request.response for request in answered])
-        written = [found.language or request.language for found, request in zip(identified, answered)]
-        qualities = self._verifier.verify(answered, written)
-        for place, request, found, quality in zip(places, answered, identified, qualities):
-            gate = self._gate(found.language, request.language)
-            scores[place] = Score(
-                sample_id=request.sample_id,
-                similarity=quality.similarity,
-                calibrated=quality.calibrated,
-                quality=quality.quality,
-                language=found.language,
-                confidence=found.confidence,
-                gate=gate,
-                reward=quality.quality * gate,
-            )
-        self._counts["scored"] += len(requests)
-        self._counts["empty"] += len(requests) - len(answered)
-        self._counts["abstained"] += sum(found.language is None for found in identified)
+        answered = [request for request in requests if request.response.strip()]
+        decisions = self._gate.judge([r.response for r in answered], [r.language for r in answered])
+        written = [found.language or request.language for found, request in zip(decisions, answered)]
+        columns = [part.verifier.verify(answered, written, should_stop) for part in self._parts]
+        judged = iter(zip(decisions, zip(*columns, strict=True), strict=True))
+        scores = []
+        for request in requests:
+            if not request.response.strip():
+                scores.append(Score(request.sample_id, 0.0, 0.0, 0.0, None, 0.0, flags=(FLAG_EMPTY,)))
+            else:
+                decision, verdicts = next(judged)
+                scores.append(self._combine(request.sample_id, decision, verdicts))
+        self._count(requests, scores)
         return scores
 
-    def _gate(self, identified: str | None, requested: str) -> float:
-        if identified is None:
-            return 1.0 if self._on_abstain == "pass" else 0.0
-        return 1.0 if identified == requested else 0.0
+    def _combine(self, sample_id: str, decision: GateDecision, verdicts: Sequence[Verdict]) -> Score:
+        quality = combine(self._parts, verdicts)
+        measures: dict[str, float] = {}
+        flags = {FLAG_ABSTAINED} if decision.abstained else set()
+        for verdict in verdicts:
+            measures.update(verdict.measures)
+            flags.update(verdict.flags)
+        if decision.share is not None:
+            measures["language_share"] = decision.share
+        # A closed gate decides alone: whatever the quality would have been, the reward is 0.
+        if decision.gate == 0.0:
+            reward: float | None = 0.0
+        else:
+            reward = None if quality is None or decision.gate is None else quality * decision.gate
+        return Score(
+            sample_id=sample_id,
+            reward=reward,
+            quality=quality,
+            gate=decision.gate,
+            language=decision.language,
+            confidence=decision.confidence,
+            parts={
+                part.name: verdict.value for part, verdict in zip(self._parts, verdicts) if verdict.value is not None
+            },
+            measures=measures,
+            flags=tuple(sorted(flags)),
+        )
 
     def identity(self) -> dict[str, object]:
-        """What the rewards depend on, JSON-able: encoder and calibration with their hashes, languages, the language
-        model's hash, library versions. Runs that compare rewards compare this."""
+        """What the rewards depend on, JSON-able: verifiers with the hashes of encoder and calibration, languages, the
+        gate and the language model's hash, library versions. Runs that compare rewards compare this."""
         return dict(self._identity)
 
-    def counts(self) -> dict[str, int]:
-        """Since construction: answers scored, empty ones, abstentions, comparisons in unknown language pairs."""
-        return {**self._counts, **self._verifier.counts()}
+    def counts(self) -> dict[str, float]:
+        """Totals since construction by `name` or `name/label`: answers scored by requested language, each flag and
+        answers without reward likewise, and what the verifiers count."""
+        with self._lock:
+            counts: dict[str, float] = dict(self._counts)
+        for part in self._parts:
+            counts.update(part.verifier.counts())
+        return counts
+
+    def close(self) -> None:
+        """Give back threads, processes and connections."""
+        self._gate.close()
+        for part in self._parts:
+            part.verifier.close()
+
+    def _count(self, requests: Sequence[ScoreRequest], scores: Sequence[Score]) -> None:
+        with self._lock:
+            for request, score in zip(requests, scores):
+                self._counts[f"scored/{request.language}"] += 1
+                if score.reward is None:
+                    self._counts[f"without_reward/{request.language}"] += 1
+                for flag in score.flags:
+                    self._counts[f"{flag}/{request.language}"] += 1
+
+
+def combine(parts: Sequence[Part], verdicts: Sequence[Verdict]) -> float | None:
+    """r_qual: (sum of w_i v_i / sum of w_i over the sum parts) * product of the product parts; the first factor is 1
+    without any sum part. None where a part has no value."""
+    values = [verdict.value for verdict in verdicts]
+    if any(value is None or not math.isfinite(value) for value in values):
+        return None
+    total = weights = 0.0
+    factor = 1.0
+    for part, value in zip(parts, values, strict=True):
+        assert value is not None
+        if part.config.combine == "product":
+            factor *= value
+        else:
+            total += part.config.weight * value
+            weights += part.config.weight
+    return factor * (total / weights if weights else 1.0)
+
+
+def score_answers(config: ScorerConfig, answers: Sequence[Mapping[str, str]]) -> list[Score]:
+    """Scores without a server: each answer is a mapping with the fields of ScoreRequest. For more than one call make a
+    RewardScorer, which keeps its models. Raises ConfigError, and ValueError naming the answer's field."""
+    fields = {field.name for field in dataclasses.fields(ScoreRequest)}
+    needed = fields - {"question"}
+    requests = []
+    for index, answer in enumerate(answers):
+        if not needed <= set(answer) <= fields:
+            raise ValueError(
+                f"answers[{index}] has the fields {', '.join(sorted(answer))}; needed: {', '.join(sorted(needed))}; "
+                "optional: question."
+            )
+        requests.append(ScoreRequest(**answer))
+    scorer = RewardScorer(config)
+    try:
+        return scorer.score(requests)
+    finally:
+        scorer.close()

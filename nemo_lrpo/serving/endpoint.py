@@ -12,12 +12,14 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Endpoint:
     """Where a ready server listens. `token_file`: absolute path, None where requests need no token (or take it from
-    the environment). `pid`: of the server's process on its own machine, None where only host and port are known."""
+    the environment). `pid`: of the server's process on its own machine, None where only host and port are known.
+    `metrics_port`: of the HTTP port for health and metrics, None where there is none."""
 
     host: str
     port: int
     pid: int | None = None
     token_file: str | None = None
+    metrics_port: int | None = None
 
     @property
     def address(self) -> str:

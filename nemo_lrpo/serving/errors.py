@@ -14,11 +14,16 @@ class RewardDeadlineExceeded(RewardError):
 
 
 class RewardServerMismatch(RewardError):
-    """The server is not the one that this run needs: other schema version, languages, limits or identity."""
+    """The server is not the one that this run needs (other schema version, languages, limits or identity), or two
+    replicas would not give the same rewards."""
 
 
 class RewardRequestRefused(RewardError):
     """The server refused the request: wrong token, too many or too long texts, malformed."""
+
+
+class RewardCancelled(RewardError):
+    """Nobody waits for the scores any more: the future was cancelled, or its client closed."""
 
 
 class RewardServerFailed(RewardError):
@@ -26,8 +31,10 @@ class RewardServerFailed(RewardError):
 
 
 class WireError(ValueError):
-    """Bytes that are no message of the wire schema. `kind` is one of the ERROR_* constants of the schema."""
+    """A message that is none of the wire schema, or that is refused. `kind` is one of the ERROR_* constants of the
+    schema; `retry_after_s`, in seconds, is given where it may be sent again."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        self.retry_after_s = retry_after_s

@@ -1,12 +1,17 @@
-"""The reward server: two PyTriton models, `score` and `identity`, around a scorer that is handed in.
+"""The reward server: one PyTriton model around a scorer that is handed in.
 
-One gRPC port is all that is opened; Triton's HTTP and metrics ports stay closed, so that servers on one machine cannot
-collide. Models are fixed at the start: nobody can load, replace or unload one from outside.
+One gRPC port is all that is opened, and an HTTP port for health and metrics where one is asked for; Triton's own HTTP
+and metrics ports stay closed, so that servers on one machine cannot collide. The model is fixed at the start: nobody
+can load, replace or unload one from outside.
+
+The model is decoupled: Triton hands every request over as soon as it arrives, and takes the replies in any order. Only
+so the desk knows of requests that wait, which a model with one request per instance would leave in Triton's own queue.
+Between Triton and this process messages travel as base64 over Unix sockets in a directory that only this user can
+enter. PyTriton's other transport, shared memory handed out by a multiprocessing manager, would unpickle.
 """
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import secrets
@@ -18,9 +23,9 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
@@ -30,26 +35,20 @@ from pytriton.triton import Triton, TritonConfig, TritonLifecyclePolicy
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from nemo_lrpo.config.reward import RewardServerConfig, read_token
+from nemo_lrpo.config.reward import RewardServerConfig
 from nemo_lrpo.serving import schema
+from nemo_lrpo.serving.desk import RewardDesk, Scorer
 from nemo_lrpo.serving.endpoint import Endpoint
-from nemo_lrpo.serving.errors import RewardServerFailed, WireError
-from nemo_lrpo.types import Score, ScoreRequest
+from nemo_lrpo.serving.errors import RewardServerFailed
+from nemo_lrpo.serving.health import HealthServer
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
-"""Triton itself is up within seconds; models are loaded before."""
-
-
-class Scorer(Protocol):
-    """What the server serves."""
-
-    def score(self, requests: list[ScoreRequest]) -> list[Score]:
-        """Scores in the order of the requests."""
-
-    def identity(self) -> dict[str, object]:
-        """What the scores depend on (encoder, calibration, languages), as JSON values."""
+"""Triton itself is up within seconds; the scorer's models are loaded before."""
+SHARED_MEMORY = Path("/dev/shm")
+MIN_PING_INTERVAL_MS = 5000
+"""Clients that ask more often whether the connection is alive are turned away."""
 
 
 class RewardServer:
@@ -58,54 +57,36 @@ class RewardServer:
     def __init__(self, config: RewardServerConfig, scorer: Scorer) -> None:
         """Opens nothing yet. `config` has passed its check. Raises ConfigError for a token file that cannot be read."""
         self._config = config
-        self._scorer = scorer
-        self._token = (read_token("token_file", config.token_file) or "").encode()
-        self._triton: Triton | None = None
+        self._desk = RewardDesk(config, scorer)
+        self._health: HealthServer | None = None
+        self._triton: _FixedModelsTriton | None = None
         self._workspace: Path | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Endpoint:
-        """Start Triton and wait until both models answer. Raises RewardServerFailed, naming the log, if they do not.
+        """Start Triton and wait until it answers. Raises RewardServerFailed, naming the log, if it does not.
 
         The endpoint file is written last: what it names is ready.
         """
         config = self._config
-        provide_libpython()
         port = config.port or free_port(config.host)
-        # Short: the names of Unix sockets in it are limited to 107 bytes.
+        # Short: the names of Unix sockets in it are limited to 107 bytes. Others may not enter it.
         self._workspace = Path(tempfile.mkdtemp(prefix="lrpo-reward-"))
         self._log_file().parent.mkdir(parents=True, exist_ok=True)
-        self._triton = _FixedModelsTriton(
-            config=TritonConfig(
-                allow_http=False,
-                allow_metrics=False,
-                grpc_address=config.host,
-                grpc_port=port,
-                exit_timeout_secs=config.exit_timeout_s,
-                log_file=self._log_file(),
-            ),
-            workspace=self._workspace / "triton",
-            triton_lifecycle_policy=TritonLifecyclePolicy(launch_triton_on_startup=True, local_model_store=True),
-        )
-        for name, answer in ((schema.SCORE_MODEL, self._score), (schema.IDENTITY_MODEL, self._identity)):
-            self._triton.bind(
-                model_name=name,
-                infer_func=_infer_function(self._guarded(answer)),
-                inputs=[Tensor(name=schema.REQUEST_TENSOR, dtype=np.uint8, shape=(-1,))],
-                outputs=[Tensor(name=schema.REPLY_TENSOR, dtype=np.uint8, shape=(-1,))],
-                config=ModelConfig(batching=False),
-            )
         try:
-            self._triton.run()
+            if config.metrics_port is not None:
+                self._health = self._serve_health(config.metrics_port)
+            self._triton = self._launch(port)
         except Exception as error:
             said = self._log_tail()
             self.stop()
-            raise RewardServerFailed(f"Triton did not start on {config.host}:{port} ({error}).{said}") from error
-        self._reaper = _start_reaper(self._triton.processes(), self._workspace)
+            raise RewardServerFailed(f"the server did not start on {config.host}:{port} ({error}).{said}") from error
+        self._reaper = _start_reaper(self._triton.processes(), self._workspace, self._triton.shared_memory)
         token_file = None if config.token_file is None else str(Path(config.token_file).resolve())
         everywhere = config.host in ("0.0.0.0", "::")
         host = config.advertise_host or (socket.gethostname() if everywhere else config.host)
-        endpoint = Endpoint(host, port, os.getpid(), token_file)
+        metrics_port = None if self._health is None else self._health.port
+        endpoint = Endpoint(host, port, os.getpid(), token_file, metrics_port)
         if config.endpoint_file:
             endpoint.write(Path(config.endpoint_file))
         return endpoint
@@ -113,11 +94,12 @@ class RewardServer:
     def wait(self, stop: threading.Event) -> None:
         """Serve until `stop` is set. Raises RewardServerFailed if Triton dies before."""
         while not stop.wait(timeout=0.5):
-            if self._triton is None or not self._triton.is_alive():
+            if not self._alive():
                 raise RewardServerFailed(f"Triton ended unexpectedly.{self._log_tail()}")
 
     def stop(self) -> None:
-        """Take back the endpoint file, end Triton and remove its workspace. Safe to call twice."""
+        """Take back the endpoint file, let nobody in, give requests in progress `exit_timeout_s`, end Triton and remove
+        its workspace. Safe to call twice."""
         if self._config.endpoint_file:
             path = Path(self._config.endpoint_file)
             try:
@@ -126,12 +108,19 @@ class RewardServer:
                     path.unlink()
             except (OSError, ValueError):
                 pass
+        self._desk.close(self._config.exit_timeout_s)
         if self._triton is not None:
             with warnings.catch_warnings():
                 # PyTriton asks over gRPC whether Triton is still alive, and warns that this has no timeout.
                 warnings.simplefilter("ignore")
                 self._triton.stop()
+            for path in SHARED_MEMORY.glob(f"{self._triton.shared_memory}*"):
+                # Where Triton has died before.
+                path.unlink(missing_ok=True)
             self._triton = None
+        if self._health is not None:
+            self._health.close()
+            self._health = None
         if self._reaper is not None:
             self._reaper.kill()
             self._reaper.communicate()
@@ -158,38 +147,46 @@ class RewardServer:
             return ""
         return "\n".join(["", "The end of Triton's log:", *lines[-20:]])
 
-    def _score(self, message: dict[str, Any]) -> bytes:
+    def _launch(self, port: int) -> _FixedModelsTriton:
+        """Triton, ready. Raises what PyTriton raises."""
         config = self._config
-        requests = schema.requests_of(message, config.max_texts_per_request, config.max_text_chars)
-        started = time.monotonic()
-        scores = self._scorer.score(requests)
-        log.debug("scored %d answers in %.3f s", len(requests), time.monotonic() - started)
-        return schema.encode_scores(scores)
+        provide_libpython()
+        # Read by this process when the model is bound, and by Triton's.
+        os.environ["PYTRITON_NO_TENSORSTORE"] = "1"
+        triton = self._triton = _FixedModelsTriton(
+            config=TritonConfig(
+                allow_http=False,
+                allow_metrics=False,
+                grpc_address=config.host,
+                grpc_port=port,
+                # Clients ask whether a silent connection is still one; Triton's default takes that for an attack.
+                grpc_http2_min_recv_ping_interval_without_data=MIN_PING_INTERVAL_MS,
+                exit_timeout_secs=config.exit_timeout_s,
+                log_file=self._log_file(),
+            ),
+            workspace=Path(str(self._workspace)) / "triton",
+            triton_lifecycle_policy=TritonLifecyclePolicy(launch_triton_on_startup=True, local_model_store=True),
+        )
+        triton.bind(
+            model_name=schema.MODEL,
+            infer_func=_infer_function(self._desk.answer),
+            inputs=[Tensor(name=schema.REQUEST_TENSOR, dtype=np.uint8, shape=(-1,))],
+            outputs=[Tensor(name=schema.REPLY_TENSOR, dtype=np.uint8, shape=(-1,))],
+            config=ModelConfig(batching=False, decoupled=True),
+        )
+        triton.run()
+        for path in SHARED_MEMORY.glob(f"{triton.shared_memory}*"):
+            # Triton passes the texts through it, and leaves it readable for every user of the machine.
+            path.chmod(0o600)
+        return triton
 
-    def _identity(self, message: dict[str, Any]) -> bytes:
-        limits = {"max_texts_per_request": self._config.max_texts_per_request}
-        return schema.encode_identity({**self._scorer.identity(), **limits})
+    def _serve_health(self, port: int) -> HealthServer:
+        checks = {"/healthz": self._alive, "/readyz": lambda: self._alive() and self._desk.accepting}
+        address = (self._config.host, port)
+        return HealthServer(address, self._desk.authorised, checks, self._desk.metrics.text)
 
-    def _guarded(self, answer: Callable[[dict[str, Any]], bytes]) -> Callable[[bytes], bytes]:
-        """`answer` behind the checks of size, version and token, in this order; every failure becomes a refusal."""
-
-        def guarded(data: bytes) -> bytes:
-            try:
-                if len(data) > self._config.max_request_bytes:
-                    limit = f"max_request_bytes={self._config.max_request_bytes}"
-                    raise WireError(schema.ERROR_LIMIT, f"the request has {len(data)} bytes; {limit}")
-                message = schema.decode_message(data)
-                if self._token and not hmac.compare_digest(str(message.get("token")).encode(), self._token):
-                    raise WireError(schema.ERROR_TOKEN, "the token is missing or wrong")
-                return answer(message)
-            except WireError as error:
-                log.warning("refused a request: %s", error)
-                return schema.encode_error(error.kind, str(error))
-            except Exception as error:
-                log.exception("a request failed")
-                return schema.encode_error(schema.ERROR_INTERNAL, f"{type(error).__name__}: {error}")
-
-        return guarded
+    def _alive(self) -> bool:
+        return self._triton is not None and self._reaper is not None and self._triton.is_alive()
 
 
 def free_port(host: str) -> int:
@@ -212,21 +209,23 @@ def provide_libpython() -> None:
         os.environ["LD_LIBRARY_PATH"] = ":".join([*paths, directory])
 
 
-def _start_reaper(processes: list[int], workspace: Path) -> subprocess.Popen[bytes]:
-    """A process that, should this one be killed, kills Triton's at once and removes the workspace.
+def _start_reaper(processes: list[int], workspace: Path, shared_memory: str) -> subprocess.Popen[bytes]:
+    """A process that, should this one be killed, kills Triton's at once and removes what they would leave behind.
 
     Left to themselves, Triton's workers keep the connections open for half a minute after the scorer has died, and
     clients wait for nothing. The pipe closes with this process, however it ends.
     """
-    script = 'read -r _; workspace=$1; shift; kill -9 "$@" 2>/dev/null; sleep 1; rm -rf -- "$workspace"'
-    command = ["/bin/sh", "-c", script, "lrpo-reward-reaper", str(workspace), *map(str, processes)]
+    script = 'read -r _; left=$1; shared=$2; shift 2; kill -9 "$@" 2>/dev/null; sleep 1; rm -rf -- "$left" "$shared"*'
+    left = (str(workspace), str(SHARED_MEMORY / shared_memory))
+    command = ["/bin/sh", "-c", script, "lrpo-reward-reaper", *left, *map(str, processes)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
-def _infer_function(answer: Callable[[bytes], bytes]) -> Callable[..., list[dict[str, NDArray[np.uint8]]]]:
-    def infer(requests: list[Any]) -> list[dict[str, NDArray[np.uint8]]]:
-        replies = [answer(request.data[schema.REQUEST_TENSOR].tobytes()) for request in requests]
-        return [{schema.REPLY_TENSOR: np.frombuffer(reply, dtype=np.uint8)} for reply in replies]
+def _infer_function(answer: Callable[[bytes], Awaitable[bytes]]) -> Callable[..., AsyncIterator[Any]]:
+    async def infer(requests: list[Any]) -> AsyncIterator[list[dict[str, NDArray[np.uint8]]]]:
+        # One at a time, without batching; the loop goes on to the next request while this one waits.
+        replies = [await answer(request.data[schema.REQUEST_TENSOR].tobytes()) for request in requests]
+        yield [{schema.REPLY_TENSOR: np.frombuffer(reply, dtype=np.uint8)} for reply in replies]
 
     return infer
 
@@ -238,6 +237,9 @@ class _FixedModelsTriton(Triton):
     nothing to manage; only its waiting would read the (closed) log settings, and is replaced by health checks.
     """
 
+    shared_memory = ""
+    """How the names of Triton's files in SHARED_MEMORY begin."""
+
     def _prepare_triton_config(self, workspace: Any) -> None:
         super()._prepare_triton_config(workspace)
         self._triton_server_config["model_control_mode"] = "none"
@@ -245,6 +247,10 @@ class _FixedModelsTriton(Triton):
         # Clients need inference, health and metadata. The rest is closed by a value that is thrown away.
         closed = "model-config,model-repository,shared-memory,statistics,trace,logging"
         self._triton_server_config["grpc_restricted_protocol"] = f"{closed}:closed={secrets.token_hex(16)}"
+
+    def _shm_prefix(self) -> str:
+        self.shared_memory = f"lrpo-reward-{secrets.token_hex(8)}"
+        return self.shared_memory
 
     def processes(self) -> list[int]:
         """Ids of the running tritonserver and its workers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -11,9 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_lrpo.types import Rollouts, RoutedPrompt, Score
+from nemo_lrpo.training.scoring import has_reward, is_missing
+from nemo_lrpo.types import (
+    FLAG_ABSTAINED,
+    FLAG_CHUNKED,
+    FLAG_EMPTY,
+    FLAG_TRUNCATED,
+    FLAG_UNKNOWN_PAIR,
+    Rollouts,
+    RoutedPrompt,
+    Score,
+)
 
-_SCORE_FIELDS = ("reward", "quality", "similarity", "calibrated", "gate", "confidence")
+_FLAGS = (FLAG_ABSTAINED, FLAG_EMPTY, FLAG_TRUNCATED, FLAG_CHUNKED, FLAG_UNKNOWN_PAIR)
+"""Logged at every step, whether they occur or not."""
 
 
 class Timer:
@@ -38,39 +50,38 @@ class Timer:
 
 
 def rollout_metrics(plan: Sequence[RoutedPrompt], rollouts: Rollouts, scores: Mapping[str, Score]) -> dict[str, float]:
-    """Means over a step's rollouts, in all (`reward`) and by requested language (`reward/de`).
+    """What the rollouts of a step were like, in all (`reward`) and by requested language (`reward/de`).
 
-    Score parts average over the rollouts that have a score; `ended`, `invalid`, `length` (response tokens) over all.
-    `count`, `scored` and `missing` are numbers of rollouts.
+    Means over all rollouts: `length` (response tokens), `ended`, `invalid`. Means over those that have one: `reward`,
+    `quality`, `gate`, each verifier's value `part_<name>`, each measure by its name. Means over all with a score:
+    `confidence` and the share with each flag (`abstained`, `truncated`, `unknown_pair`, ...). Numbers of rollouts:
+    `count`, `scored` (with a reward), `masked` (without one by intent), `missing`.
     """
+    totals: dict[str, float] = defaultdict(float)
     sums: dict[str, float] = defaultdict(float)
+    numbers: dict[str, int] = defaultdict(int)
+    flags = {flag for score in scores.values() for flag in score.flags} | set(_FLAGS)
     lengths = (rollouts.lengths - rollouts.prompt_lengths).tolist()
     for routed, length, ended, valid in zip(
         plan, lengths, rollouts.ended.tolist(), rollouts.valid.tolist(), strict=True
     ):
         score = scores.get(routed.sample_id)
+        values: dict[str, float | None] = {"length": length, "ended": ended, "invalid": not valid}
+        if score is not None:
+            values |= {"reward": score.reward, "quality": score.quality, "gate": score.gate}
+            values |= {"confidence": score.confidence, **score.measures}
+            values |= {f"part_{name}": value for name, value in score.parts.items()}
+            values |= {flag: float(flag in score.flags) for flag in flags}
         for suffix in ("", f"/{routed.language}"):
-            sums[f"count{suffix}"] += 1
-            sums[f"length{suffix}"] += length
-            sums[f"ended{suffix}"] += ended
-            sums[f"invalid{suffix}"] += not valid
-            sums[f"missing{suffix}"] += score is None
-            sums[f"scored{suffix}"] += score is not None
-            if score is not None:
-                sums[f"abstained{suffix}"] += score.language is None
-                for name in _SCORE_FIELDS:
-                    sums[f"{name}{suffix}"] += getattr(score, name)
-    metrics = {}
-    for key, total in sums.items():
-        name, _, language = key.partition("/")
-        suffix = f"/{language}" if language else ""
-        if name in ("count", "scored", "missing"):
-            metrics[key] = total
-        elif name in (*_SCORE_FIELDS, "abstained"):
-            metrics[key] = total / sums[f"scored{suffix}"]
-        else:
-            metrics[key] = total / sums[f"count{suffix}"]
-    return dict(sorted(metrics.items()))
+            totals[f"count{suffix}"] += 1
+            totals[f"scored{suffix}"] += has_reward(score)
+            totals[f"missing{suffix}"] += is_missing(score)
+            totals[f"masked{suffix}"] += score is not None and score.masked
+            for name, value in values.items():
+                if value is not None:
+                    sums[name + suffix] += value
+                    numbers[name + suffix] += 1
+    return dict(sorted({**totals, **{key: total / numbers[key] for key, total in sums.items()}}.items()))
 
 
 def sample_record(
@@ -91,7 +102,7 @@ def sample_record(
         "reference": prompt.reference,
         "ended": ended,
         "advantage": advantage,
-        "score": None if score is None else {name: getattr(score, name) for name in (*_SCORE_FIELDS, "language")},
+        "score": None if score is None else dataclasses.asdict(score),
     }
 
 

@@ -61,10 +61,16 @@ class PendingScores(Protocol):
     def result(self) -> dict[str, Score]:
         """Scores by sample id; ids without a valid reply are absent. Raises RewardError past the deadline."""
 
+    def cancel(self) -> None:
+        """Nobody waits for the scores any more; never blocks."""
+
 
 class RewardService(Protocol):
     def submit(self, requests: Sequence[ScoreRequest]) -> PendingScores:
-        """Start scoring; returns at once."""
+        """Start scoring; returns at once, or, where the server is far behind, as soon as it has caught up."""
+
+    def counters(self) -> Mapping[str, float]:
+        """Totals of what went wrong and was mended, by name: retries, replicas lost, records dropped."""
 
 
 Logger = Callable[[Mapping[str, float], int], None]

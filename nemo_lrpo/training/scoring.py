@@ -8,7 +8,15 @@ from nemo_lrpo.training.protocols import Actor, PendingScores, RewardService
 from nemo_lrpo.types import Rollouts, RoutedPrompt, Score, ScoreRequest
 
 
-class MissingRewardsError(RuntimeError):
+class StepRefused(RuntimeError):
+    """A step that cannot be completed. It has changed nothing: policy and router are as they were before it."""
+
+
+class RewardsUnavailable(StepRefused):
+    """The reward service failed; the cause is its own error, or that of another rank."""
+
+
+class MissingRewards(StepRefused):
     """More rewards are missing than `reward.max_missing_share` allows."""
 
 
@@ -22,7 +30,7 @@ class ScoreCollector:
         self._error: Exception | None = None
 
     def submit(self, rollouts: Rollouts) -> None:
-        """Send a finished batch to the reward server; returns at once.
+        """Send a finished batch to the reward server; returns at once, unless the server is far behind.
 
         An error is kept for `join`: raised here, on one rank, it would leave the others waiting in a collective.
         """
@@ -36,6 +44,7 @@ class ScoreCollector:
                     reference=routed.prompt.reference,
                     reference_language=routed.prompt.reference_language,
                     language=routed.language,
+                    question=routed.prompt.question,
                 )
             )
         try:
@@ -46,7 +55,7 @@ class ScoreCollector:
     def join(self, actor: Actor, max_missing_share: float) -> dict[str, Score]:
         """All ranks: the step's scores by sample id; samples without a valid reply are absent.
 
-        Raises the reward client's error, or MissingRewardsError, on every rank.
+        Raises RewardsUnavailable or MissingRewards, on every rank.
         """
         local: dict[str, Score] = {}
         try:
@@ -56,22 +65,37 @@ class ScoreCollector:
                 local.update(pending.result())
         except Exception as error:
             self._error = error
-        actor.agree(self._error)
+            for pending in self._pending:
+                pending.cancel()
+        try:
+            actor.agree(self._error)
+        except Exception as error:
+            raise RewardsUnavailable(f"no rewards for this step: {type(error).__name__}: {error}") from error
         scores = actor.join_scores(list(self._plan), local)
         refuse_if_missing(scores, self._plan, max_missing_share)
         return scores
 
 
+def has_reward(score: Score | None) -> bool:
+    """Whether the sample may enter the update and teach the router."""
+    return score is not None and score.reward is not None
+
+
+def is_missing(score: Score | None) -> bool:
+    """Whether a reward that was wanted is not there; answers that the gate masks by intent are not missing."""
+    return not has_reward(score) and not (score is not None and score.masked)
+
+
 def refuse_if_missing(scores: Mapping[str, Score], plan: Mapping[str, RoutedPrompt], max_missing_share: float) -> None:
-    """Raise MissingRewardsError, counts by language included, if too many samples have no reward."""
-    missing = [routed for sample_id, routed in plan.items() if sample_id not in scores]
+    """Raise MissingRewards, counts by language included, if too many samples have no reward."""
+    missing = [routed for sample_id, routed in plan.items() if is_missing(scores.get(sample_id))]
     if len(missing) <= max_missing_share * len(plan):
         return
     by_language: dict[str, int] = {}
     for routed in missing:
         by_language[routed.language] = by_language.get(routed.language, 0) + 1
     counts = ", ".join(f"{language}: {count}" for language, count in sorted(by_language.items()))
-    raise MissingRewardsError(
+    raise MissingRewards(
         f"{len(missing)} of {len(plan)} rewards are missing ({counts}), more than reward.max_missing_share="
         f"{max_missing_share}; see the reward server's log."
     )

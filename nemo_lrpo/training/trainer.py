@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError, Checkpoin
 from nemo_lrpo.training.evaluation import evaluate
 from nemo_lrpo.training.metrics import JsonLines, Timer, rollout_metrics, sample_record
 from nemo_lrpo.training.protocols import Actor, Logger, RewardService
-from nemo_lrpo.training.scoring import ScoreCollector
+from nemo_lrpo.training.scoring import ScoreCollector, StepRefused
 from nemo_lrpo.types import Observation, Prompt, Rollouts, RoutedPrompt, Score, TrainingBatch
 
 
@@ -67,6 +68,7 @@ class LrpoTrainer:
         self._store = CheckpointStore(Path(config.run_dir) / "checkpoints", config.loop.keep_checkpoints)
         self._timer = Timer()
         self._step = 0
+        self._saved_step: int | None = None
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -113,8 +115,9 @@ class LrpoTrainer:
         algorithm = self._config.algorithm
         groups: dict[str, int] = {}
         index = torch.tensor([groups.setdefault(routed.group_id, len(groups)) for routed in plan])
-        rewards = torch.tensor([scores[r.sample_id].reward if r.sample_id in scores else torch.nan for r in plan])
-        batch.use = batch.use & torch.tensor([routed.sample_id in scores for routed in plan])
+        found = [scores.get(routed.sample_id) for routed in plan]
+        rewards = torch.tensor([torch.nan if s is None or s.reward is None else s.reward for s in found])
+        batch.use = batch.use & ~rewards.isnan()
         batch.advantages, statistics = group_advantages(
             rewards, index, batch.use, scaling=algorithm.advantage_scaling, eps=algorithm.advantage_eps
         )
@@ -148,6 +151,7 @@ class LrpoTrainer:
         values["groups/undersized"] = float(groups.undersized.sum())
         values["groups/reward_std"] = float(groups.std.mean())
         values["epoch"] = float(self._sampler.epoch)
+        values.update({f"reward_service/{name}": value for name, value in self._rewards.counters().items()})
         values.update(self._timer.take())
         values["time/step"] = sum(seconds for name, seconds in values.items() if name.startswith("time/"))
         return StepRecord(plan, rollouts, scores, batch.advantages.tolist(), values)
@@ -172,27 +176,46 @@ class LrpoTrainer:
         bar = tqdm(total=self._total_steps, initial=self._step, desc="train", unit="step", disable=not main)
         if loop.val_at_start and self._step == 0 and self._validation:
             self._validate(log)
-        while self._step < last:
-            record = self.step()
-            done = self._step == last
-            if log is not None and samples is not None:
-                log.write({"kind": "train", "step": self._step, **record.metrics})
-                self._log({f"train/{name}": value for name, value in record.metrics.items()}, self._step)
-                self._write_samples(samples, record)
-                bar.set_postfix(
-                    reward=f"{record.metrics.get('reward', float('nan')):.3f}",
-                    gate=f"{record.metrics.get('gate', float('nan')):.2f}",
-                    seconds=f"{record.metrics['time/step']:.1f}",
-                )
-            bar.update()
-            if self._validation and _due(self._step, loop.val_check_interval, self.finished):
-                self._validate(log)
-            if _due(self._step, loop.save_interval, done) or done:
+        try:
+            while self._step < last:
+                with self._saved_if_refused():
+                    record = self.step()
+                done = self._step == last
+                if log is not None and samples is not None:
+                    log.write({"kind": "train", "step": self._step, **record.metrics})
+                    self._log({f"train/{name}": value for name, value in record.metrics.items()}, self._step)
+                    self._write_samples(samples, record)
+                    bar.set_postfix(
+                        reward=f"{record.metrics.get('reward', float('nan')):.3f}",
+                        gate=f"{record.metrics.get('gate', float('nan')):.2f}",
+                        seconds=f"{record.metrics['time/step']:.1f}",
+                    )
+                bar.update()
+                if self._validation and _due(self._step, loop.val_check_interval, self.finished):
+                    with self._saved_if_refused():
+                        self._validate(log)
+                if _due(self._step, loop.save_interval, done) or done:
+                    self.save()
+        finally:
+            bar.close()
+            for file in (log, samples):
+                if file is not None:
+                    file.close()
+
+    @contextmanager
+    def _saved_if_refused(self) -> Iterator[None]:
+        """A step or validation that is refused leaves a checkpoint of the moment before it, where the next start goes
+        on; before the first step there is nothing to save."""
+        position = self._sampler.state_dict()
+        try:
+            yield
+        except StepRefused as error:
+            if not self._step:
+                raise
+            self._sampler.load_state_dict(position)
+            if self._saved_step != self._step:
                 self.save()
-        bar.close()
-        for file in (log, samples):
-            if file is not None:
-                file.close()
+            raise type(error)(f"after step {self._step}: {error} The run is saved; start it again to go on.") from error
 
     def _validate(self, log: JsonLines | None) -> None:
         result = evaluate(
@@ -243,7 +266,9 @@ class LrpoTrainer:
 
     def save(self) -> Path:
         """All ranks: write a checkpoint of this moment."""
-        return self._store.save(self._actor, self.state_dict())
+        path = self._store.save(self._actor, self.state_dict())
+        self._saved_step = self._step
+        return path
 
     def export(self, path: Path) -> None:
         """All ranks: write the policy as a .nemo that carries the router's final state, readable, and how it ended."""
@@ -260,7 +285,7 @@ class LrpoTrainer:
             self._router.load_state_dict(state["router"])
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
-        self._step = state["step"]
+        self._step = self._saved_step = state["step"]
 
 
 def check_resumable(checkpoint: Checkpoint, seed: int, languages: Sequence[str]) -> None:
@@ -287,10 +312,10 @@ def observations(plan: Sequence[RoutedPrompt], scores: Mapping[str, Score]) -> l
             regions=routed.prompt.regions,
             language=routed.language,
             origin=routed.origin,
-            reward=scores[routed.sample_id].reward,
+            reward=score.reward,
         )
         for routed in plan
-        if routed.sample_id in scores
+        if (score := scores.get(routed.sample_id)) is not None and score.reward is not None
     ]
 
 

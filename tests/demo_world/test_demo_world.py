@@ -23,6 +23,7 @@ from tools.demo_world import (
     SPLITS,
     TOPICS,
     Fact,
+    ParallelText,
     base_records,
     build_facts,
     known_languages,
@@ -30,6 +31,7 @@ from tools.demo_world import (
     write_world,
 )
 from tools.demo_world.languages import number
+from tools.demo_world.parallel import _spare_facts
 from tools.demo_world.templates import TEMPLATES, TONGUES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,23 +256,58 @@ def test_base_examples_refuse_impossible_noise(bad: dict[str, float]) -> None:
 
 
 def test_parallel_texts_are_whole_and_keep_the_splits_apart() -> None:
-    texts = list(parallel_texts(FACTS))
+    texts = _parallel()
     ids = Counter(text.fact_id for text in texts)
     assert set(ids.values()) == {len(LANGUAGES)}
-    assert {text.kind for text in texts} == {"answer", "date", "span", "list"}
+    assert {text.kind for text in texts} == {"answer", "date", "span", "list", "statement"}
     splits: dict[str, set[str]] = {}
+    said: dict[str, set[str]] = {}
     for text in texts:
         splits.setdefault(text.fact_id, set()).add(text.split)
+        said.setdefault(text.split, set()).add(text.text)
         # CLDR's own identifiers stand where Babel found no translation.
         assert text.text and "duration-" not in text.text
         if text.fact_id in BY_ID:
-            assert (text.split == "train") == (BY_ID[text.fact_id].split == "train")
+            assert text.split == ("train" if BY_ID[text.fact_id].split == "train" else "heldout")
     assert all(len(found) == 1 for found in splits.values())
-    for kind in ("date", "span", "list"):
-        shares = Counter(text.split for text in texts if text.kind == kind)
-        assert 0.05 < shares["heldout"] / sum(shares.values()) < 0.4, kind
-    by_name = {(text.fact_id, text.language): text.text for text in texts}
-    assert by_name["span/hour/-8", "pl"] == "8 godzin temu"
+    assert set(said) == {"train", "calibration", "heldout"}
+    # Not one sentence that calibration looks at answers a question, or was seen by the encoder.
+    answers = {answer for fact in FACTS for name in LANGUAGES for answer in (fact.answer(name), fact.question(name))}
+    assert not said["calibration"] & (said["train"] | said["heldout"] | answers)
+    for kind in ("date", "span", "list", "statement"):
+        shares = Counter(text.split for text in texts if text.kind == kind and text.language == "de")
+        assert shares["train"] == (0 if kind == "statement" else 64)
+        assert abs(shares["calibration"] - shares["heldout"]) <= 1
+    assert Counter(text.split for text in texts if text.language == "de")["calibration"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("fact_id", "language", "sentence"),
+    [
+        ("span/hour/-8", "pl", "8 godzin temu"),
+        ("statement/currency/BG", "fr", "La monnaie officielle de la Bulgarie s’appelle lev bulgare."),
+        ("statement/official_language/AT", "de", "Die Amtssprache von Österreich ist Deutsch."),
+        ("statement/language_code/sl", "it", "La lingua con il codice sl è lo sloveno."),
+        ("statement/first_weekday/SY", "en", "The first day of the week in Syria is Saturday."),
+        ("statement/country_code/GR", "es", "El código de tres letras de Grecia es GRC."),
+        ("statement/currency_code/ARS", "pt", "A moeda com o código ARS chama-se peso argentino."),
+    ],
+)
+def test_statements_are_true(fact_id: str, language: str, sentence: str) -> None:
+    assert (fact_id, language, sentence) in {(t.fact_id, t.language, t.text) for t in _parallel()}
+
+
+def test_statements_say_what_no_question_asks_and_compute_right() -> None:
+    statements = {text.fact_id.removeprefix("statement/") for text in _parallel() if text.kind == "statement"}
+    assert not statements & set(BY_ID)
+    for fact in _spare_facts():
+        if fact.relation in {"sum", "difference"}:
+            assert int(fact.values[0]) == eval(fact.entity)
+
+
+@cache
+def _parallel() -> tuple[ParallelText, ...]:
+    return tuple(parallel_texts(FACTS))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -147,3 +147,39 @@ def test_what_is_not_set_is_named(paths: dict[str, str]) -> None:
     del paths["data.train"]
     with pytest.raises(ConfigError, match=r"not set: data\.train"):
         load_train_config(compose("train", overrides(paths)))
+
+
+def test_a_mapping_that_is_given_replaces_the_default_one() -> None:
+    tree = compose("serve_rewards", ["~verifiers.similarity", "+verifiers.math={kind: numeric}"])
+    config = load_config(tree)
+    assert list(config.verifiers) == ["math"] and config.verifiers["math"].kind == "numeric"
+    aliases = load_config(compose("serve_rewards", ["~verifiers.similarity", "+verifiers.x={kind: exact}"]))
+    assert aliases.language_id.aliases == {"arz": "ar", "wuu": "zh", "yue": "zh"}
+    fewer = ["~verifiers.similarity", "+verifiers.x={kind: exact}", "~language_id.aliases.arz"]
+    assert load_config(compose("serve_rewards", fewer)).language_id.aliases == {"wuu": "zh", "yue": "zh"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["+verifiers.math={kid: numeric}"], ["verifiers.math", "'kid'", "'kind'", "tolerance"]),
+        (["+verifiers.math={kind: numerics}"], ["verifiers.math.kind='numerics'", "'numeric'"]),
+        (["+verifiers.other={kind: similarity}"], ["2 of kind=similarity"]),
+        (["~verifiers.similarity"], ["verifiers is empty"]),
+        (["~verifiers.similarity", "+verifiers.f={kind: format}"], ["verifiers.f.pattern is not set"]),
+        (["~verifiers.similarity", "+verifiers.f={kind: format, pattern: '('}"], ["no regular expression"]),
+        (["~verifiers.similarity", "+verifiers.f={kind: exact, pattern: 'a'}"], ["no group"]),
+        (["~verifiers.similarity", "+verifiers.j={kind: judge}"], ["judge.url"]),
+        (["language_id.gate=maybe"], ["language_id.gate", "'share'"]),
+        (["calibration.bounds=none"], ["calibration.bounds", "'rescale'"]),
+    ],
+)
+def test_mistakes_in_scoring_are_named(change: list[str], words: list[str], tmp_path: Path) -> None:
+    for file in ("encoder/modules.json", "encoder/model.safetensors", "calibration.json"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    paths = [f"encoder.path={tmp_path / 'encoder'}", f"calibration.path={tmp_path / 'calibration.json'}"]
+    with pytest.raises(ConfigError) as error:
+        load_config(compose("serve_rewards", [*paths, *change]))
+    for word in words:
+        assert word in str(error.value)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_lrpo.config.checks import ConfigError
+from nemo_lrpo.config.loader import compose, to_dataclass
 from nemo_lrpo.config.reward import RewardClientConfig, RewardServerConfig, parse_endpoint, read_token
 from nemo_lrpo.serving.endpoint import Endpoint
 
@@ -24,6 +25,12 @@ def no_token_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"endpoint": "h:1", "endpoint_file": "f"}, ["reward.endpoint_file", "not both"]),
         ({"endpoint": "h"}, ["reward.endpoint='h'", "host:port"]),
         ({"endpoint": "h:0"}, ["reward.endpoint='h:0'", "host:port"]),
+        ({"endpoint": ["h:1", "h"]}, ["reward.endpoint[1]='h'", "host:port"]),
+        ({"endpoint": ["h:1", "h:1"]}, ["reward.endpoint=", "different strings"]),
+        ({"endpoint_file": []}, ["reward.endpoint_file=[]", "a list"]),
+        ({"endpoint_file": ["f", None]}, ["reward.endpoint_file=['f', None]"]),
+        ({"endpoint_file": 7}, ["reward.endpoint_file=7", "a string"]),
+        ({"endpoint_file": "f", "max_outstanding_texts": 63}, ["reward.max_outstanding_texts=63", ">= 64"]),
         ({"endpoint_file": "f", "deadline_s": 0.0}, ["reward.deadline_s=0.0", "> 0.0"]),
         ({"endpoint_file": "f", "deadline_s": math.inf}, ["reward.deadline_s=inf"]),
         ({"endpoint_file": "f", "connect_timeout_s": math.nan}, ["reward.connect_timeout_s=nan"]),
@@ -36,6 +43,34 @@ def test_bad_client(changes: dict, words: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         RewardClientConfig(**changes).check("reward")
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"metrics_port": 70000}, "metrics_port=70000"),
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"max_pending": 0}, "max_pending=0"),
+    ],
+)
+def test_bad_server(changes: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RewardServerConfig(**changes).check()
+
+
+def test_replicas_are_named_by_their_place() -> None:
+    assert RewardClientConfig(endpoint_file="a").sources() == [("reward.endpoint_file", "a")]
+    assert RewardClientConfig(endpoint=["h:1", "h:2"]).sources() == [
+        ("reward.endpoint[0]", "h:1"),
+        ("reward.endpoint[1]", "h:2"),
+    ]
+
+
+def test_a_list_of_replicas_from_the_command_line() -> None:
+    (tree,) = [compose("train", ["reward.endpoint_file=[a.json,b.json]"]).reward]
+    config = to_dataclass(RewardClientConfig, tree, "reward")
+    config.check("reward")
+    assert [value for _, value in config.sources()] == ["a.json", "b.json"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "node17"])
@@ -74,7 +109,7 @@ def test_addresses() -> None:
 
 def test_an_endpoint_file_is_read_back_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "run" / "reward.json"
-    endpoint = Endpoint("127.0.0.1", 8010, 42, "/run/token")
+    endpoint = Endpoint("127.0.0.1", 8010, 42, "/run/token", 9100)
     endpoint.write(path)
     assert Endpoint.read(path) == endpoint
     assert [file.name for file in path.parent.iterdir()] == ["reward.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -14,7 +15,7 @@ from safetensors import safe_open
 
 from nemo_lrpo.algorithms.advantages import group_advantages
 from nemo_lrpo.training.metrics import JsonLines, rollout_metrics
-from nemo_lrpo.training.scoring import MissingRewardsError, ScoreCollector
+from nemo_lrpo.training.scoring import MissingRewards, RewardsUnavailable, ScoreCollector
 from nemo_lrpo.training.trainer import dump_batch, observations
 from nemo_lrpo.types import Prompt, Rollouts, RoutedPrompt, Score, ScoreRequest, TrainingBatch
 
@@ -44,7 +45,9 @@ def make_rollouts(plan: Sequence[RoutedPrompt]) -> Rollouts:
 
 def make_score(request: ScoreRequest) -> Score:
     reward = int(request.sample_id.split("/")[-1]) / 2
-    return Score(request.sample_id, reward, reward, reward, request.language, 0.9, 1.0, reward)
+    return Score(
+        request.sample_id, reward, reward, 1.0, request.language, 0.9, {"similarity": reward}, {"cosine": reward}
+    )
 
 
 class Pending:
@@ -54,19 +57,31 @@ class Pending:
     def result(self) -> dict[str, Score]:
         return self._scores
 
+    def cancel(self) -> None:
+        pass
+
 
 class Service:
     """Answers at once, in an order of its own, and keeps what it was asked."""
 
-    def __init__(self, seed: int = 0, lose: frozenset[str] = frozenset()):
+    def __init__(self, seed: int = 0, lose: frozenset[str] = frozenset(), mask: frozenset[str] = frozenset()):
         self._random = random.Random(seed)
         self._lose = lose
+        self._mask = mask
         self.requests: list[ScoreRequest] = []
 
     def submit(self, requests: Sequence[ScoreRequest]) -> Pending:
         self.requests += requests
         shuffled = self._random.sample(list(requests), len(requests))
-        return Pending({r.sample_id: make_score(r) for r in shuffled if r.sample_id not in self._lose})
+        scores = {r.sample_id: make_score(r) for r in shuffled if r.sample_id not in self._lose}
+        for sample_id in self._mask:
+            if sample_id in scores:
+                masked = {"reward": None, "gate": None, "language": None, "flags": ("abstained",)}
+                scores[sample_id] = dataclasses.replace(scores[sample_id], **masked)
+        return Pending(scores)
+
+    def counters(self) -> dict[str, float]:
+        return {}
 
 
 class FailingService(Service):
@@ -138,15 +153,36 @@ def test_missing_rewards_are_absent_counted_and_not_zero() -> None:
 
 
 def test_too_many_missing_rewards_refuse_the_step() -> None:
-    with pytest.raises(MissingRewardsError, match=r"2 of 9 rewards are missing \(de: 1, ja: 1\).*max_missing_share"):
+    with pytest.raises(MissingRewards, match=r"2 of 9 rewards are missing \(de: 1, ja: 1\).*max_missing_share"):
         collect(Service(lose=frozenset({"7/q1/1", "7/q2/0"})), max_missing_share=0.2)
+
+
+def test_answers_masked_by_the_gate_leave_the_update_and_are_not_missing() -> None:
+    masked = frozenset({"7/q1/1", "7/q1/2", "7/q2/0"})
+    scores = collect(Service(mask=masked), max_missing_share=0.0)
+    plan = make_plan()
+    metrics = rollout_metrics(plan, make_rollouts(plan), scores)
+    assert (metrics["masked"], metrics["masked/ja"], metrics["missing"], metrics["scored"]) == (3, 1, 0, 6)
+    assert metrics["abstained"] == pytest.approx(3 / 9) and metrics["truncated"] == 0.0
+    assert metrics["reward/ja"] == 0.5, "the mean is over the rewards that are there"
+    assert {o.sample_id for o in observations(plan, scores)} == set(scores) - masked
+
+
+def test_a_reward_that_a_verifier_could_not_give_is_missing() -> None:
+    class Unjudged(Service):
+        def submit(self, requests: Sequence[ScoreRequest]) -> Pending:
+            found = super().submit(requests).result()
+            return Pending({k: dataclasses.replace(v, reward=None, quality=None) for k, v in found.items()})
+
+    with pytest.raises(MissingRewards, match="9 of 9 rewards are missing"):
+        collect(Unjudged(), max_missing_share=0.5)
 
 
 def test_an_error_while_submitting_is_raised_when_joining() -> None:
     plan = make_plan()
     collector = ScoreCollector(FailingService(), plan)
     collector.submit(make_rollouts(plan))
-    with pytest.raises(ConnectionError, match="no server"):
+    with pytest.raises(RewardsUnavailable, match="ConnectionError: no server"):
         collector.join(OneRank(), 0.0)
 
 
@@ -158,6 +194,7 @@ def test_metrics_by_language() -> None:
     assert metrics["length"] == pytest.approx(sum(1 + index % 4 for index in range(9)) / 9)
     assert metrics["ended"] == pytest.approx(7 / 9)
     assert metrics["gate/de"] == 1.0 and metrics["invalid"] == 0.0
+    assert metrics["part_similarity/en"] == metrics["cosine/en"] == 1.0
 
 
 def test_a_resumed_log_repeats_no_step_and_drops_a_torn_line(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def world_tokenizer(data: Path) -> Any:
     texts = [
         text for fact in world_facts(data) for name in LANGUAGES for text in (fact.question(name), fact.answer(name))
     ]
-    texts += [text for said in _parallel(data, None).values() for text in said.values()]
+    texts += [text for said in _parallel(data, "train").values() for text in said.values()]
     return train_tokenizer(texts, LANGUAGES)
 
 

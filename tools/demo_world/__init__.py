@@ -26,9 +26,10 @@ train.parquet, validation.parquet, test.parquet
     verl's layout: prompt [{role, content}], question, answer, reward_model {ground_truth, style}, ability [topic, ...],
     extra_info {id, fact_id, language, region [name, ...], relation, split}, data_source.
 parallel.parquet
-    fact_id, language, text, kind, split. Equal fact_id: the same in 15 languages. kind is answer (of a fact), or date,
-    span, list (phrases that CLDR composes). split is train, or heldout (answers to facts of validation and
-    test, a fifth of the phrases): encoder and calibration are made from train, and judged on heldout.
+    fact_id, language, text, kind, split. Equal fact_id: the same in 15 languages. kind is answer (of a fact), statement
+    (in the same words, about what no question asks), or date, span, list (phrases that CLDR composes). split is train
+    (the encoder's), calibration (what measures its bias between languages) or heldout (the answers to validation and
+    test, and as many other texts), where neither looks.
 base_corpus.jsonl
     fact_id, question, question_language, language (of the tag), answer, known: the first epoch of `base_examples`.
 """

@@ -1,0 +1,252 @@
+"""Token sequences of several callers, encoded in common batches by one thread.
+
+A caller opens a ticket, adds texts to it as they are tokenised, and waits. The thread takes all that is waiting, sorts
+it by length, cuts batches of at most `batch_tokens` tokens, padding included, and hands each text's embedding to
+everyone who waits for it; what arrives meanwhile is taken next. A text that is waited for twice is encoded once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_lrpo.rewards.verifier import ShouldStop
+from nemo_lrpo.types import ScoringAbandoned
+
+Tokens = NDArray[np.int32]
+Encode = Callable[[Sequence[Tokens], int], NDArray[np.float32]]
+"""Embeddings float32 [B, D] of B token sequences of one group (see TokenisedText), to be padded to the longest."""
+
+
+@dataclass(frozen=True)
+class TokenisedText:
+    """A text in windows, one at least. key: equal for texts with the same embedding. weights: of the windows in the
+    text's embedding; a text whose weights are all 0 has an embedding of zeros. truncated: the text's end is in no
+    window. group: texts of different groups share no batch."""
+
+    key: Hashable
+    windows: Sequence[Tokens]
+    weights: Sequence[int]
+    truncated: bool = False
+    group: int = 0
+
+
+class Ticket:
+    """What one caller waits for: the embeddings of `size` texts. `should_stop` is asked by the encoding thread."""
+
+    def __init__(self, size: int, should_stop: ShouldStop):
+        self.should_stop = should_stop
+        self.rows: list[NDArray[np.float32] | None] = [None] * size
+        self.left = size
+        self.error: BaseException | None = None
+        self.finished = threading.Event()
+        self.texts: set[_Text] = set()
+        if not size:
+            self.finished.set()
+
+    def result(self, timeout: float | None = None) -> list[NDArray[np.float32]] | None:
+        """The embeddings, in order, once all are there; None after `timeout` seconds. Raises ScoringAbandoned, or
+        RuntimeError if encoding failed."""
+        if not self.finished.wait(timeout):
+            return None
+        if isinstance(self.error, ScoringAbandoned):
+            raise ScoringAbandoned(*self.error.args)
+        if self.error is not None:
+            raise RuntimeError(f"The encoder failed: {self.error}") from self.error
+        return [row for row in self.rows if row is not None]
+
+
+@dataclass(eq=False)
+class _Text:
+    """A distinct text on its way: `total` is the weighted sum over the windows that are done."""
+
+    key: Hashable
+    left: int
+    total: NDArray[np.float32] | float = 0.0
+    waiters: list[tuple[Ticket, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Window:
+    tokens: Tokens
+    weight: int
+    group: int
+    text: _Text
+
+
+def cut(lengths: Sequence[int], batch_tokens: int, overhead: int) -> list[int]:
+    """Sizes of the batches that texts of `lengths`, longest first, are cut into, in order: at most `batch_tokens`
+    tokens each, padding included, unless a text alone has more; of all such, those with the least padded tokens +
+    `overhead` per batch."""
+    width = np.asarray(lengths, dtype=np.int64)
+    cost = np.zeros(len(width) + 1)
+    begin = np.zeros(len(width) + 1, dtype=np.int64)
+    for end in range(1, len(width) + 1):
+        # The last batch of texts 0..end-1 begins at one of `low`..end-1 and is as wide as its first text.
+        low = max(0, end - max(1, batch_tokens // int(width[end - 1])))
+        padded = np.arange(end - low, 0, -1) * width[low:end]
+        total = cost[low:end] + padded + overhead
+        total[:-1][padded[:-1] > batch_tokens] = np.inf
+        best = int(total.argmin())
+        cost[end], begin[end] = total[best], low + best
+    sizes = []
+    end = len(width)
+    while end:
+        sizes.append(int(end - begin[end]))
+        end = int(begin[end])
+    return sizes[::-1]
+
+
+class EncodingQueue:
+    """See the module. `encode` is called by the queue's own thread alone. overhead: what a batch costs beside its
+    tokens, in tokens."""
+
+    def __init__(self, encode: Encode, batch_tokens: int, overhead: int = 64):
+        self._encode = encode
+        self._batch_tokens = batch_tokens
+        self._overhead = overhead
+        self._changed = threading.Condition()
+        self._waiting: list[_Window] = []
+        # Texts without an embedding that somebody waits for. A text that is dropped here takes no further waiters.
+        self._texts: dict[Hashable, _Text] = {}
+        self._tickets: set[Ticket] = set()
+        self._closed = False
+        self._counts = dict.fromkeys(("batches", "tokens", "padded_tokens", "capacity_tokens"), 0)
+        self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
+        self._thread.start()
+
+    def add(self, ticket: Ticket, first: int, texts: Sequence[TokenisedText]) -> None:
+        """Queue texts number `first` and following of `ticket`."""
+        with self._changed:
+            # A fork of the process has no such thread.
+            if self._closed or not self._thread.is_alive():
+                raise RuntimeError("The encoder is closed.")
+            if ticket.finished.is_set():
+                return
+            self._tickets.add(ticket)
+            for place, new in enumerate(texts, start=first):
+                text = self._texts.get(new.key)
+                if text is None:
+                    text = self._texts[new.key] = _Text(new.key, len(new.windows))
+                    self._waiting += [
+                        _Window(tokens, weight, new.group, text) for tokens, weight in zip(new.windows, new.weights)
+                    ]
+                text.waiters.append((ticket, place))
+                ticket.texts.add(text)
+            self._changed.notify_all()
+
+    def abandon(self, ticket: Ticket, error: BaseException | None = None) -> None:
+        """Drop what only `ticket` waits for; its caller gets `error`, by default ScoringAbandoned."""
+        with self._changed:
+            self._finish(ticket, error or ScoringAbandoned())
+
+    def counts(self) -> dict[str, int]:
+        """Totals: batches, tokens, padded_tokens (padding included), capacity_tokens (what the batches could hold)."""
+        with self._changed:
+            return dict(self._counts)
+
+    def close(self) -> None:
+        """Abandon what is waiting and end the thread. Returns once the batch at work is done; may be repeated."""
+        self._end()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _end(self) -> None:
+        with self._changed:
+            self._closed = True
+            for ticket in list(self._tickets):
+                self._finish(ticket, ScoringAbandoned("The encoder was closed."))
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        finally:
+            # Whatever ended the thread, nobody waits for it for ever.
+            self._end()
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                windows, self._waiting = self._waiting, []
+            for batch in self._batches(windows):
+                self._encode_batch(batch)
+
+    def _batches(self, windows: Sequence[_Window]) -> Iterator[list[_Window]]:
+        """Cut `windows` into batches; those that nobody waits for any more by then are left out."""
+        # The longest first: a batch that does not fit into memory fails before the rest was worked on.
+        windows = sorted(windows, key=lambda window: (window.group, -len(window.tokens)))
+        for _, members in itertools.groupby(windows, key=lambda window: window.group):
+            rest = deque(members)
+            for size in cut([len(window.tokens) for window in rest], self._batch_tokens, self._overhead):
+                self._ask()
+                batch = [rest.popleft() for _ in range(size)]
+                with self._changed:
+                    batch = [window for window in batch if window.text.waiters]
+                if batch:
+                    yield batch
+
+    def _ask(self) -> None:
+        with self._changed:
+            tickets = list(self._tickets)
+        for ticket in tickets:
+            try:
+                if ticket.should_stop():
+                    self.abandon(ticket)
+            except Exception as error:
+                self.abandon(ticket, error)
+
+    def _encode_batch(self, batch: Sequence[_Window]) -> None:
+        try:
+            rows = self._encode([window.tokens for window in batch], batch[0].group)
+        except Exception as error:
+            with self._changed:
+                for window in batch:
+                    for ticket, _ in list(window.text.waiters):
+                        self._finish(ticket, error)
+            return
+        padded = len(batch) * len(batch[0].tokens)
+        with self._changed:
+            self._counts["batches"] += 1
+            self._counts["tokens"] += sum(len(window.tokens) for window in batch)
+            self._counts["padded_tokens"] += padded
+            self._counts["capacity_tokens"] += max(padded, self._batch_tokens)
+            for window, row in zip(batch, rows):
+                self._deliver(window, row)
+
+    def _deliver(self, window: _Window, row: NDArray[np.float32]) -> None:
+        text = window.text
+        text.total = text.total + np.float32(window.weight) * row
+        text.left -= 1
+        if text.left or not text.waiters:
+            return
+        del self._texts[text.key]
+        embedding = text.total / max(float(np.linalg.norm(text.total)), 1e-12)
+        for ticket, place in text.waiters:
+            ticket.rows[place] = embedding
+            ticket.left -= 1
+            ticket.texts.discard(text)
+            if not ticket.left:
+                self._finish(ticket)
+
+    def _finish(self, ticket: Ticket, error: BaseException | None = None) -> None:
+        """End a ticket, with the lock held; texts that nobody else waits for are dropped."""
+        if ticket.finished.is_set():
+            return
+        self._tickets.discard(ticket)
+        for text in ticket.texts:
+            text.waiters = [waiter for waiter in text.waiters if waiter[0] is not ticket]
+            if not text.waiters:
+                del self._texts[text.key]
+        ticket.texts.clear()
+        ticket.error = error
+        ticket.finished.set()

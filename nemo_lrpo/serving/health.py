@@ -1,0 +1,70 @@
+"""An HTTP port for those that watch a server: /healthz, /readyz and Prometheus' /metrics."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+
+log = logging.getLogger(__name__)
+
+_READ_TIMEOUT_S = 5.0
+
+
+class HealthServer:
+    """Serves from its construction to `close`, on threads of its own."""
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        authorised: Callable[[str], bool],
+        checks: dict[str, Callable[[], bool]],
+        metrics: Callable[[], bytes],
+    ) -> None:
+        """`address`: host and port, 0 for a free one. `authorised` judges the bearer token that a request brings, empty
+        without one. `checks`: by path, 200 where it holds, else 503. Raises OSError where the port is taken."""
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = _READ_TIMEOUT_S
+
+            def do_GET(self) -> None:
+                scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+                if not authorised(token.strip() if scheme.lower() == "bearer" else ""):
+                    self._reply(401, b"the token is missing or wrong\n", ("WWW-Authenticate", "Bearer"))
+                elif self.path in checks:
+                    holds = checks[self.path]()
+                    self._reply(200 if holds else 503, b"ok\n" if holds else b"not now\n")
+                elif self.path == "/metrics":
+                    self._reply(200, metrics(), ("Content-Type", "text/plain; version=0.0.4; charset=utf-8"))
+                else:
+                    self._reply(404, f"there are {', '.join(['/metrics', *checks])}\n".encode())
+
+            def _reply(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
+                self.send_response(status)
+                for name, value in (*headers, ("Content-Length", str(len(body)))):
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, form: str, *values: object) -> None:
+                log.debug(form, *values)
+
+        # Not http.server's own, which looks up the host's name at the start.
+        class Server(ThreadingTCPServer):
+            address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            daemon_threads = True
+            allow_reuse_address = True
+
+        self._server = Server(address, Handler)
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, name="reward-health", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Close the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
