@@ -3,13 +3,13 @@
 The carriers of one step, in order, for a question `q7` asked in German with K=3 rollouts::
 
     Prompt(question_id="q7", question="Was ist die Währung von Japan?", language="de", ...)
-      -> 3 x RoutedPrompt(prompt=q7, step=12, slot=0..2, language="de" | "ja" | "en", ...)   router.route
+      -> 3 x RoutedPrompt(prompt=q7, step=12, slot=0..2, language="de" | "ja" | "en", ...)   router.route (one plan)
       -> 3 x TaggedPrompt(routed=..., token_ids=(...))                                       data.tag
       -> Rollouts(sample_ids=("12/q7/0", "12/q7/1", "12/q7/2"), tokens=[3, S], ...)          actor.generate
       -> 3 x ScoreRequest(sample_id="12/q7/1", response="...", ...)                          to the reward server
       -> 3 x Score(sample_id="12/q7/1", reward=0.93, ...)                                    joined by sample id
       -> TrainingBatch(tokens=[3, S], advantages=[3], ...)                                   actor.update
-      -> 3 x Observation(topics=..., regions=..., language="ja", reward=0.93, ...)           router.observe
+      -> the 3 rewards, NaN where there is none                                              router.observe
 
 This module imports neither torch nor NumPy, so that configuration, routing and the wire schema stay light.
 """
@@ -179,15 +179,3 @@ class Score:
 
 class ScoringAbandoned(Exception):
     """Nobody waits for the scores any more: the request was cancelled, or its deadline has passed."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the router learns from: one scored rollout. Rollouts without a reward are not observed."""
-
-    sample_id: str
-    topics: tuple[str, ...]
-    regions: tuple[str, ...]
-    language: str
-    origin: str
-    reward: float

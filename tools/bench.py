@@ -3,6 +3,7 @@
     python tools/bench.py step [--json] [--steps 6] [--rounds 2]
     python tools/bench.py reward [--json]
     python tools/bench.py lid [--json]
+    python tools/bench.py routing [--json] [--router default]
 
 `python tools/bench.py NAME --help` says what is measured and what the ratio is.
 """
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-BENCHES = ("step", "reward", "lid")
+BENCHES = ("step", "reward", "lid", "routing")
 """Modules of tools/benches. Each has a docstring for --help, `add_arguments(parser)`, `run(options)`, which yields one
 JSON-able dict per result, and `table(row)`, lines for a reader."""
 

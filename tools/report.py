@@ -23,6 +23,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from nemo_lrpo.router import from_json  # noqa: E402
+
 Records = list[dict[str, Any]]
 
 
@@ -60,12 +66,13 @@ def read_lines(path: Path) -> Records:
 
 
 def read_router(nemo: Path) -> dict[str, Any] | None:
-    """The router's final state from a .nemo; None where there is none."""
+    """The router's final state from a .nemo, what the policy learned at its top; None where there is none."""
     if not nemo.is_file():
         return None
     with tarfile.open(nemo) as archive:
         member = archive.extractfile("./lrpo_router.json")
-        return None if member is None else json.load(member)
+        state = None if member is None else from_json(json.load(member))
+    return None if state is None else {**state, **state["learned"]}
 
 
 def gains(before: Records, after: Records, samples: int = 2000) -> list[Gain]:

@@ -109,6 +109,7 @@ def check_train_config(config: TrainConfig) -> None:
             f"router.reserved_slots={config.router.reserved_slots} exceeds "
             f"trainer.lrpo.rollouts_per_prompt={config.loop.rollouts_per_prompt}; a group has only that many slots."
         )
+    _check_groups(config)
     rows = config.loop.prompts_per_step * config.loop.rollouts_per_prompt
     if config.loop.prompts_per_step % config.algorithm.num_updates:
         raise ConfigError(
@@ -116,6 +117,31 @@ def check_train_config(config: TrainConfig) -> None:
             f"trainer.lrpo.prompts_per_step={config.loop.prompts_per_step} (a step has {rows} rollouts; a group is "
             "never split over two updates)."
         )
+
+
+def _check_groups(config: TrainConfig) -> None:
+    """What the router does to a group against the size of the group."""
+    rollouts, per_prompt = config.router.rollouts, config.loop.rollouts_per_prompt
+    if rollouts.adaptive and not rollouts.min <= per_prompt <= rollouts.max:
+        raise ConfigError(
+            f"router.rollouts.min={rollouts.min} to max={rollouts.max} must hold "
+            f"trainer.lrpo.rollouts_per_prompt={per_prompt}, the mean size of a group."
+        )
+    if rollouts.adaptive and config.algorithm.num_updates > 1:
+        raise ConfigError(
+            f"algorithm.num_updates={config.algorithm.num_updates} does not go with router.rollouts.adaptive=true "
+            "(updates of equal size would split groups of unequal size); accepted: 1."
+        )
+    largest = rollouts.max if rollouts.adaptive else per_prompt
+    cap, count = config.router.diversity.max_per_language, len(config.data.languages)
+    free = max(largest - config.router.reserved_slots, 0)
+    if cap and free > (count - 1) * cap + max(cap - config.router.reserved_slots, 0):
+        raise ConfigError(
+            f"router.diversity.max_per_language={cap} with {count} languages cannot fill groups of {largest}; raise it."
+        )
+    least = config.router.diversity.min_languages
+    if least > count:
+        raise ConfigError(f"router.diversity.min_languages={least} exceeds the {count} languages of data.languages.")
 
 
 def _check_base_model(config: TrainConfig) -> None:

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nemo_lrpo.config.router import OWN_LANGUAGE, RouterConfig
-from nemo_lrpo.router.base import Probabilities
-from nemo_lrpo.router.slots import SlotRouter
-from nemo_lrpo.types import Observation, Prompt
+from nemo_lrpo.config.checks import ConfigError, unknown_key_message
+from nemo_lrpo.config.router import EVERY_LANGUAGE, OWN_LANGUAGE, RouterConfig
+from nemo_lrpo.router.policy import Context, Evidence
 
 
-class FixedMixRouter(SlotRouter):
-    """Draws from given weights; the entry `question` goes to the question's own language."""
+class FixedMix:
+    """p(l|x) = w_l + w_uniform / L + w_question [l is the question's language], weights w that sum to 1."""
 
-    def __init__(self, config: RouterConfig, languages: Sequence[str], mix: Mapping[str, float], seed: int) -> None:
-        """`mix`: weight per language (or `question`), at least one positive; need not sum to 1."""
-        super().__init__(config, languages, seed)
+    per_question = False
+    per_language = True
+    state_axes: Mapping[str, tuple[str, ...]] = {}
+
+    def __init__(
+        self, config: RouterConfig, languages: Sequence[str], topics: Sequence[str], regions: Sequence[str]
+    ) -> None:
+        """Raises ConfigError for a mix that names something else than a candidate, `question` or `uniform`."""
+        mix = {"monolingual": {OWN_LANGUAGE: 1.0}, "uniform": {EVERY_LANGUAGE: 1.0}}.get(config.name, dict(config.mix))
+        accepted = [*languages, OWN_LANGUAGE, EVERY_LANGUAGE]
+        for name in mix:
+            if name not in accepted:
+                raise ConfigError(unknown_key_message(name, accepted, "router.mix"))
+        self.name = config.name
+        self._columns = {language: i for i, language in enumerate(languages)}
         total = sum(mix.values())
-        self._mix = np.array([mix.get(language, 0.0) / total for language in self.languages])
+        every = mix.get(EVERY_LANGUAGE, 0.0) / len(languages)
+        self._mix = np.array([mix.get(language, 0.0) + every for language in languages]) / total
         self._own = mix.get(OWN_LANGUAGE, 0.0) / total
 
-    def _policy_probabilities(self, prompt: Prompt) -> Probabilities:
-        probabilities = self._mix.copy()
-        probabilities[self._index[prompt.language]] += self._own
-        return probabilities
+    def probabilities(
+        self, contexts: Sequence[Context], step: int, charges: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """See LanguagePolicy; `charges` change nothing (the configuration refuses a price)."""
+        rows = np.tile(self._mix, (len(contexts), 1))
+        rows[np.arange(len(contexts)), [self._columns[context.language] for context in contexts]] += self._own
+        return rows
 
-    def _context(self, prompt: Prompt) -> Hashable:
-        return prompt.language
+    def values(self, contexts: Sequence[Context]) -> NDArray[np.float64]:
+        """See LanguagePolicy: there are none."""
+        return np.full((len(contexts), len(self._mix)), np.nan)
 
-    def _learn(self, observations: Sequence[Observation]) -> None:
+    def learn(self, evidence: Evidence) -> None:
         """Nothing to learn."""
+
+    def state(self) -> dict[str, Any]:
+        """See LanguagePolicy."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """See LanguagePolicy."""
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """See LanguagePolicy."""
+        return {}

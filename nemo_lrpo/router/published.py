@@ -1,14 +1,13 @@
-"""The published router: a contextual bandit over languages with one value table for topics and one for regions.
+"""The published policy: one value table for topics and one for regions, learned by moving averages.
 
-p(l|x) = softmax_l( (sum_t A[t, l] + sum_g B[g, l]) / tau ), t over the topics and g over the regions of x; a slot is
-drawn from epsilon/L + (1 - epsilon) p. Every M training steps the average reward of each (topic, region, language)
-bucket, normalised within its (topic, region), moves A[t, l] and B[g, l] by an exponential moving average.
+p(l|x) = softmax_l( (sum_t A[t, l] + sum_g B[g, l] - charge_l) / tau ), t over the topics and g over the regions of x.
+In every window the average value of each (topic, region, language) bucket, normalised within its (topic, region), moves
+A[t, l] and B[g, l] by an exponential moving average.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -17,15 +16,11 @@ from numpy.typing import NDArray
 
 from nemo_lrpo.config.checks import ConfigError, unknown_key_message
 from nemo_lrpo.config.router import RouterConfig, ScheduleConfig
-from nemo_lrpo.router.base import Probabilities, RouterStateError
-from nemo_lrpo.router.slots import SlotRouter, whole_number
-from nemo_lrpo.types import ORIGIN_DRAWN, Observation, Prompt
+from nemo_lrpo.router.base import finite_array
+from nemo_lrpo.router.policy import Context, Evidence
 
 Table = NDArray[np.float64]
-Bucket = tuple[str, "str | None", str]
-"""(topic, region or None, language)."""
-
-_ZSCORE_EPS = 1e-6
+Index = NDArray[np.int64]
 
 
 def scheduled(schedule: ScheduleConfig, step: int) -> float:
@@ -45,32 +40,39 @@ def prior_row(mix: Mapping[str, float], languages: Sequence[str]) -> Table:
     return np.log(weights / weights.sum() * len(languages))
 
 
-def normalise(means: NDArray[np.float64], how: str) -> NDArray[np.float64]:
-    """Bucket means of one (topic, region), [languages seen there], on the scale that the tables learn.
+def normalised(means: Table, cell: Index, how: str, floor: float) -> Table:
+    """Bucket means [B] on the scale that the tables learn, each within its (topic, region) `cell` [B].
 
-    `how`: none, center (minus their mean) or zscore (also over their population standard deviation + 1e-6).
+    `how`: none, center (minus the cell's mean of bucket means) or zscore (also over their population standard
+    deviation + floor).
     """
     if how == "none":
         return means
-    centred = means - means.mean()
-    return centred if how == "center" else centred / (means.std() + _ZSCORE_EPS)
+    count = np.maximum(np.bincount(cell), 1)
+    centred = means - (np.bincount(cell, means) / count)[cell]
+    if how == "center":
+        return centred
+    return centred / (np.sqrt(np.bincount(cell, centred**2) / count) + floor)[cell]
 
 
-class PublishedRouter(SlotRouter):
-    """LRPO's router. Tables are float64: topic_values A [T, L], region_values B [G, L]."""
+class PublishedPolicy:
+    """LRPO's policy. Tables are float64: topic_values A [T, L], region_values B [G, L]."""
+
+    name = "published"
+    per_question = False
+    per_language = False
+    state_axes: Mapping[str, tuple[str, ...]] = {
+        "topic_values": ("topics", "languages"),
+        "region_values": ("regions", "languages"),
+    }
 
     def __init__(
-        self,
-        config: RouterConfig,
-        languages: Sequence[str],
-        topics: Sequence[str],
-        regions: Sequence[str],
-        seed: int,
+        self, config: RouterConfig, languages: Sequence[str], topics: Sequence[str], regions: Sequence[str]
     ) -> None:
         """Contexts are declared here, from the data; later ones are unknown. Raises ConfigError, naming the key, for
         a prior of an unknown topic, region or language."""
-        super().__init__(config, languages, seed)
-        self.topics, self.regions = tuple(dict.fromkeys(topics)), tuple(dict.fromkeys(regions))
+        self._config = config
+        self.languages, self.topics, self.regions = tuple(languages), tuple(topics), tuple(regions)
         for name, mixes, known in (
             ("topic_priors", config.topic_priors, self.topics),
             ("region_priors", config.region_priors, self.regions),
@@ -86,180 +88,118 @@ class PublishedRouter(SlotRouter):
         self._unknown_topic = prior_row(config.prior, self.languages)
         self.topic_values = self._table(config.topic_priors.get(t, config.prior) for t in self.topics)
         self.region_values = self._table(config.region_priors.get(g, {}) for g in self.regions)
-        # Bucket -> (sum of rewards, rollouts); the order of first entry is that of the per_cell update.
-        self._pending: dict[Bucket, tuple[float, int]] = {}
-        self._pending_steps = 0
-        self._updates = 0
-        self._unknown_contexts = 0
 
     def _table(self, mixes: Iterable[Mapping[str, float]]) -> Table:
         return np.array([prior_row(mix, self.languages) for mix in mixes]).reshape(-1, len(self.languages))
 
     # --- drawing --------------------------------------------------------------------------------------------------
 
-    @property
-    def temperature(self) -> float:
-        """tau at the router's step."""
-        return scheduled(self._config.temperature, self._step)
+    def values(self, contexts: Sequence[Context]) -> Table:
+        """float64 [C, L]: the sum of each context's rows, before the temperature.
 
-    @property
-    def epsilon(self) -> float:
-        """epsilon at the router's step."""
-        return scheduled(self._config.epsilon, self._step)
-
-    def logits(self, topics: Iterable[str], regions: Iterable[str]) -> Table:
-        """float64 [L]: the sum of the context's rows, before the temperature.
-
-        One named twice counts once; one that was not declared counts with its initial row (that of `prior`, or zeros)
-        and gets none.
+        A topic that was not declared counts with the row of `prior`; a region that was not with none.
         """
-        topics = tuple(topics)
-        total = np.zeros(len(self.languages))
-        for topic in dict.fromkeys(topics):
-            row = self._topic_rows.get(topic)
-            total += self._unknown_topic if row is None else self.topic_values[row]
-        if self._uses_region(topics):
-            for region in dict.fromkeys(regions):
-                if region in self._region_rows:
-                    total += self.region_values[self._region_rows[region]]
+        table = np.concatenate([self.topic_values, self._unknown_topic[None], self.region_values])
+        topics, first_region = len(self.topics), len(self.topics) + 1
+        owner: list[int] = []
+        rows: list[int] = []
+        for index, context in enumerate(contexts):
+            found = [self._topic_rows.get(topic, topics) for topic in context.topics]
+            if self._uses_region(context.topics):
+                found += [first_region + self._region_rows[g] for g in context.regions if g in self._region_rows]
+            owner += [index] * len(found)
+            rows += found
+        total = np.zeros((len(contexts), len(self.languages)))
+        np.add.at(total, owner, table[rows])
         return total
 
-    def _policy_probabilities(self, prompt: Prompt) -> Probabilities:
-        scaled = self.logits(prompt.topics, prompt.regions) / self.temperature
-        weights = np.exp(scaled - scaled.max())
-        return weights / weights.sum()
-
-    def _context(self, prompt: Prompt) -> Hashable:
-        return prompt.topics, prompt.regions
+    def probabilities(
+        self, contexts: Sequence[Context], step: int, charges: NDArray[np.float64] | None = None
+    ) -> Table:
+        """See LanguagePolicy; tau is that of `step`."""
+        scaled = self.values(contexts)
+        if charges is not None:
+            scaled -= charges
+        scaled /= scheduled(self._config.temperature, step)
+        scaled -= scaled.max(axis=1, keepdims=True)
+        weights = np.exp(scaled)
+        return weights / weights.sum(axis=1, keepdims=True)
 
     def _uses_region(self, topics: Iterable[str]) -> bool:
         return self._config.region_values == "all" or bool(set(topics) & set(self._config.regional_topics))
 
     # --- learning -------------------------------------------------------------------------------------------------
 
-    def _learn(self, observations: Sequence[Observation]) -> None:
-        for o in observations:
-            topics = [t for t in dict.fromkeys(o.topics) if t in self._topic_rows]
-            regions = [g for g in dict.fromkeys(o.regions) if g in self._region_rows]
-            self._unknown_contexts += len(set(o.topics)) - len(topics) + len(set(o.regions)) - len(regions)
-            if self._config.teach == "drawn" and o.origin != ORIGIN_DRAWN:
-                continue
-            # A rollout with several topics or regions counts in each of their buckets.
-            for topic, region in product(topics, regions or [None]):
-                bucket = (topic, region, o.language)
-                total, count = self._pending.get(bucket, (0.0, 0))
-                self._pending[bucket] = (total + float(o.reward), count + 1)
-        self._pending_steps += 1
-        if self._pending_steps >= self._config.update_every:
-            self._update()
+    def learn(self, evidence: Evidence) -> None:
+        """Move the tables towards the window's rewards. A rollout with several topics or regions counts in each of
+        their buckets; topics and regions that were not declared are left out."""
+        cells, rows, cell_of = self._cells(evidence)
+        if not len(rows):
+            return
+        size = len(self.languages)
+        at = cell_of * size + evidence.language[rows]
+        bucket, first, inverse = np.unique(at, return_index=True, return_inverse=True)
+        count = np.bincount(inverse)
+        means = np.bincount(inverse, evidence.value[rows]) / count
+        cell, language = bucket // size, bucket % size
+        values = normalised(means, cell, self._config.normalisation, self._config.zscore_floor)
+        topic, region = np.array(cells, np.int64).reshape(-1, 2).T
+        regional = (region >= 0) & np.array([self._uses_region([self.topics[t]]) for t in topic.tolist()], bool)
+        entries = [(self.topic_values, topic, np.full(len(cells), True)), (self.region_values, region, regional)]
+        for table, row, used in entries:
+            picked = np.argsort(first)
+            picked = picked[used[cell[picked]]]
+            self._move(table, row[cell[picked]], language[picked], values[picked], count[picked])
 
-    def _update(self) -> None:
-        """Move the tables towards the buffered rewards and empty the buffer."""
-        alpha, tables = self._config.alpha, (self.topic_values, self.region_values)
-        values = self._bucket_values()
+    def _cells(self, evidence: Evidence) -> tuple[list[tuple[int, int]], Index, Index]:
+        """(topic row, region row or -1) of each cell; then, per pair of a rollout and one of its cells: both [P]."""
+        cells: dict[tuple[int, int], int] = {}
+        of_context = []
+        for context in evidence.contexts:
+            topics = [self._topic_rows[t] for t in context.topics if t in self._topic_rows]
+            regions = [self._region_rows[g] for g in context.regions if g in self._region_rows]
+            of_context.append([cells.setdefault(pair, len(cells)) for pair in product(topics, regions or [-1])])
+        widths = np.array([len(found) for found in of_context], np.int64)
+        flat = np.array([cell for found in of_context for cell in found], np.int64)
+        starts = np.cumsum(widths) - widths
+        repeats = widths[evidence.context] if len(widths) else np.zeros(0, np.int64)
+        rows = np.repeat(np.arange(len(evidence.context)), repeats)
+        position = np.arange(len(rows)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        return list(cells), rows, flat[starts[evidence.context[rows]] + position] if len(rows) else rows
+
+    def _move(self, table: Table, row: Index, language: Index, value: Table, count: Index) -> None:
+        """Moving averages of entries [B] of `table`, in the order in which the buckets were first filled."""
+        alpha = self._config.alpha
         if self._config.topic_update == "per_cell":
-            for bucket, value in values.items():
-                for which, entry in self._entries(bucket):
-                    tables[which][entry] = (1.0 - alpha) * tables[which][entry] + alpha * value
-        else:
-            sums, counts = ([np.zeros_like(table) for table in tables] for _ in range(2))
-            for bucket, value in values.items():
-                rollouts = self._pending[bucket][1]
-                for which, entry in self._entries(bucket):
-                    sums[which][entry] += value * rollouts
-                    counts[which][entry] += rollouts
-            for table, total, count in zip(tables, sums, counts):
-                seen = count > 0
-                table[seen] = (1.0 - alpha) * table[seen] + alpha * (total[seen] / count[seen])
-        self._pending, self._pending_steps = {}, 0
-        self._updates += 1
-
-    def _bucket_values(self) -> dict[Bucket, float]:
-        """Average reward per bucket, normalised within each (topic, region); in the buffer's order."""
-        groups: dict[tuple[str, str | None], list[Bucket]] = {}
-        for bucket in self._pending:
-            groups.setdefault(bucket[:2], []).append(bucket)
-        values = dict.fromkeys(self._pending, 0.0)
-        for buckets in groups.values():
-            means = np.array([self._pending[b][0] / self._pending[b][1] for b in buckets])
-            values.update(zip(buckets, normalise(means, self._config.normalisation).tolist()))
-        return values
-
-    def _entries(self, bucket: Bucket) -> list[tuple[int, tuple[int, int]]]:
-        """The table entries that a bucket teaches: table (0 topics, 1 regions) and (row, column)."""
-        topic, region, language = bucket
-        column = self._index[language]
-        entries = [(0, (self._topic_rows[topic], column))]
-        if region is not None and self._uses_region([topic]):
-            entries.append((1, (self._region_rows[region], column)))
-        return entries
+            for entry in zip(row.tolist(), language.tolist(), value.tolist()):
+                table[entry[:2]] = (1.0 - alpha) * table[entry[:2]] + alpha * entry[2]
+            return
+        at = row * table.shape[1] + language
+        rollouts = np.bincount(at, count, table.size).reshape(table.shape)
+        total = np.bincount(at, value * count, table.size).reshape(table.shape)
+        seen = rollouts > 0
+        table[seen] = (1.0 - alpha) * table[seen] + alpha * (total[seen] / rollouts[seen])
 
     # --- state and log --------------------------------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, Any]:
-        return {**super()._identity(), "topics": list(self.topics), "regions": list(self.regions)}
+    def state(self) -> dict[str, Any]:
+        """See LanguagePolicy."""
+        return {"topic_values": self.topic_values.copy(), "region_values": self.region_values.copy()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """See LanguageRouter. `pending` holds [topic, region, language, sum of rewards, rollouts] per bucket."""
-        return {
-            **super().state_dict(),
-            "updates": self._updates,
-            "unknown_contexts": self._unknown_contexts,
-            "topic_values": self.topic_values.tolist(),
-            "region_values": self.region_values.tolist(),
-            "pending_steps": self._pending_steps,
-            "pending": [[*bucket, total, count] for bucket, (total, count) in self._pending.items()],
-        }
-
-    def _load(self, state: Mapping[str, Any]) -> None:
-        tables = [
-            _table_of(state, "topic_values", self.topic_values.shape),
-            _table_of(state, "region_values", self.region_values.shape),
+    def load(self, state: Mapping[str, Any]) -> None:
+        """See LanguagePolicy."""
+        loaded = [
+            finite_array(state, "topic_values", self.topic_values.shape),
+            finite_array(state, "region_values", self.region_values.shape),
         ]
-        counters = [whole_number(state, part) for part in ("pending_steps", "updates", "unknown_contexts")]
-        pending: dict[Bucket, tuple[float, int]] = {}
-        try:
-            for topic, region, language, total, count in state["pending"]:
-                known = topic in self._topic_rows and language in self._index
-                if (
-                    not known
-                    or not (region is None or region in self._region_rows)
-                    or count < 1
-                    or not math.isfinite(total)
-                ):
-                    raise ValueError(f"no such bucket: {[topic, region, language, total, count]!r}")
-                pending[topic, region, language] = (float(total), int(count))
-        except (KeyError, TypeError, ValueError) as error:
-            raise RouterStateError(f"router state: 'pending' is missing or damaged ({error}).") from error
-        self.topic_values, self.region_values = tables
-        self._pending_steps, self._updates, self._unknown_contexts = counters
-        self._pending = pending
+        self.topic_values, self.region_values = loaded
 
-    def metrics(self) -> dict[str, float]:
-        """See LanguageRouter; `value/<topic>/<language>` are the topic table's entries."""
-        values = super().metrics() | {
-            "temperature": self.temperature,
-            "updates": float(self._updates),
-            "pending_steps": float(self._pending_steps),
-            "unknown_contexts": float(self._unknown_contexts),
-        }
-        for topic, row in zip(self.topics, self.topic_values):
-            for language, value in zip(self.languages, row):
-                values[f"value/{topic}/{language}"] = float(value)
-        return values
+    def metrics(self, step: int) -> dict[str, float]:
+        """See LanguagePolicy."""
+        return {"temperature": scheduled(self._config.temperature, step)}
 
 
 def _check_languages(mix: Mapping[str, float], languages: Sequence[str], key: str) -> None:
     for language in mix:
         if language not in languages:
             raise ConfigError(unknown_key_message(language, languages, f"{key} (names are candidate languages)"))
-
-
-def _table_of(state: Mapping[str, Any], part: str, shape: tuple[int, ...]) -> Table:
-    try:
-        table = np.asarray(state[part], dtype=np.float64).reshape(shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RouterStateError(f"router state: {part!r} is missing or not a {shape} table of numbers.") from error
-    if not np.isfinite(table).all():
-        raise RouterStateError(f"router state: {part!r} holds values that are not finite.")
-    return table

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -17,21 +19,21 @@ from nemo_lrpo.algorithms.advantages import GroupStatistics, group_advantages
 from nemo_lrpo.config.schema import TrainConfig
 from nemo_lrpo.data.prompts import PromptRenderer
 from nemo_lrpo.data.sampler import PromptSampler
-from nemo_lrpo.router.base import LanguageRouter
+from nemo_lrpo.router import LanguagePlan, LanguageRouter, to_json
 from nemo_lrpo.seeding import derive_seed
 from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from nemo_lrpo.training.evaluation import evaluate
 from nemo_lrpo.training.metrics import JsonLines, Timer, rollout_metrics, sample_record
 from nemo_lrpo.training.protocols import Actor, Logger, RewardService
 from nemo_lrpo.training.scoring import ScoreCollector, StepRefused
-from nemo_lrpo.types import Observation, Prompt, Rollouts, RoutedPrompt, Score, TrainingBatch
+from nemo_lrpo.types import Prompt, Rollouts, Score, TrainingBatch
 
 
 @dataclass
 class StepRecord:
     """What a step leaves for the logs; arrays are in plan order."""
 
-    plan: list[RoutedPrompt]
+    plan: LanguagePlan
     rollouts: Rollouts
     scores: dict[str, Score]
     advantages: list[float]
@@ -82,7 +84,7 @@ class LrpoTrainer:
         with time("route"):
             prompts = self._sampler.next()
             plan = self._router.route(prompts, config.loop.rollouts_per_prompt, self._step)
-            tagged = [self._renderer.render(routed) for routed in plan]
+            tagged = self._renderer.render_all(plan)
         with time("generate"):
             scoring = ScoreCollector(self._rewards, plan)
             rollouts = self._actor.generate(tagged, self._seeds(plan), on_finished=scoring.submit)
@@ -97,46 +99,47 @@ class LrpoTrainer:
             self._actor.reference_logprobs(batch)
         with time("score_wait"):
             scores = scoring.join(self._actor, config.reward.max_missing_share)
-        groups = self._advantages(batch, plan, scores)
+        rewards = reward_column(plan, scores)
+        groups = self._advantages(batch, plan, rewards)
         with time("update"):
             metrics = self._update(batch, plan)
         with time("observe"):
-            self._router.observe(observations(plan, scores))
+            self._router.observe(plan, rewards)
+            self._router.observe_costs(plan, (rollouts.lengths - rollouts.prompt_lengths).double().numpy())
         self._step += 1
         return self._record(plan, rollouts, scores, batch, groups, metrics)
 
-    def _seeds(self, plan: Sequence[RoutedPrompt]) -> list[int]:
+    def _seeds(self, plan: LanguagePlan) -> list[int]:
         return [derive_seed("rollout", self._config.seed, r.step, r.prompt.question_id, r.slot) for r in plan]
 
-    def _advantages(
-        self, batch: TrainingBatch, plan: Sequence[RoutedPrompt], scores: Mapping[str, Score]
-    ) -> GroupStatistics:
-        """Fill in advantages over the K rollouts of each question; samples without a reward leave the update."""
+    def _advantages(self, batch: TrainingBatch, plan: LanguagePlan, rewards: NDArray[np.float64]) -> GroupStatistics:
+        """Fill in advantages over the rollouts of each question; samples without a reward leave the update."""
         algorithm = self._config.algorithm
-        groups: dict[str, int] = {}
-        index = torch.tensor([groups.setdefault(routed.group_id, len(groups)) for routed in plan])
-        found = [scores.get(routed.sample_id) for routed in plan]
-        rewards = torch.tensor([torch.nan if s is None or s.reward is None else s.reward for s in found])
-        batch.use = batch.use & ~rewards.isnan()
+        values = torch.from_numpy(rewards).float()
+        batch.use = batch.use & ~values.isnan()
         batch.advantages, statistics = group_advantages(
-            rewards, index, batch.use, scaling=algorithm.advantage_scaling, eps=algorithm.advantage_eps
+            values,
+            torch.from_numpy(plan.group).long(),
+            batch.use,
+            scaling=algorithm.advantage_scaling,
+            eps=algorithm.advantage_eps,
         )
         return statistics
 
-    def _update(self, batch: TrainingBatch, plan: Sequence[RoutedPrompt]) -> dict[str, float]:
+    def _update(self, batch: TrainingBatch, plan: LanguagePlan) -> dict[str, float]:
         """Update the policy; on failure leave the batch behind for replay."""
         try:
             return self._actor.update(batch)
         except ArithmeticError as error:
             if self._actor.is_main:
                 path = Path(self._config.run_dir) / "failed" / f"step_{self._step:08d}.safetensors"
-                dump_batch(path, batch, [routed.sample_id for routed in plan], str(error))
+                dump_batch(path, batch, plan.sample_ids, str(error))
                 raise ArithmeticError(f"step {self._step}: {error} The batch is in {path}.") from error
             raise
 
     def _record(
         self,
-        plan: list[RoutedPrompt],
+        plan: LanguagePlan,
         rollouts: Rollouts,
         scores: dict[str, Score],
         batch: TrainingBatch,
@@ -259,7 +262,7 @@ class LrpoTrainer:
             "updates": self._step * self._config.algorithm.num_updates,
             "seed": self._config.seed,
             "data": self._sampler.state_dict(),
-            "router": self._router.state_dict(),
+            "router": to_json(self._router.state_dict()),
             "languages": list(self._router.languages),
             "layout": self._layout,
         }
@@ -272,7 +275,7 @@ class LrpoTrainer:
 
     def export(self, path: Path) -> None:
         """All ranks: write the policy as a .nemo that carries the router's final state, readable, and how it ended."""
-        router = json.dumps(self._router.state_dict(), ensure_ascii=False, indent=1)
+        router = json.dumps(to_json(self._router.state_dict()), ensure_ascii=False, indent=1)
         summary = json.dumps({"step": self._step, "seed": self._config.seed, "languages": self._router.languages})
         self._actor.export(path, {"lrpo_router.json": router, "lrpo_training.json": summary})
 
@@ -289,12 +292,14 @@ class LrpoTrainer:
 
 
 def check_resumable(checkpoint: Checkpoint, seed: int, languages: Sequence[str]) -> None:
-    """Raise CheckpointError unless the checkpoint has this run's seed and languages."""
+    """Raise CheckpointError unless the checkpoint has this run's seed, and its languages are among this run's."""
     state = checkpoint.state
-    if state["languages"] != list(languages):
+    gone = [language for language in state["languages"] if language not in languages]
+    if gone:
         raise CheckpointError(
             f"{checkpoint.path}: saved for languages {', '.join(state['languages'])}; this run has "
-            f"{', '.join(languages)}. Continue with the saved ones, or start in another run_dir."
+            f"{', '.join(languages)}. {', '.join(gone)} cannot be taken away (others may be added): continue with the "
+            "saved ones, or start in another run_dir."
         )
     if state["seed"] != seed:
         raise CheckpointError(
@@ -303,20 +308,10 @@ def check_resumable(checkpoint: Checkpoint, seed: int, languages: Sequence[str])
         )
 
 
-def observations(plan: Sequence[RoutedPrompt], scores: Mapping[str, Score]) -> list[Observation]:
-    """What the router may learn from: the rollouts that have a reward."""
-    return [
-        Observation(
-            sample_id=routed.sample_id,
-            topics=routed.prompt.topics,
-            regions=routed.prompt.regions,
-            language=routed.language,
-            origin=routed.origin,
-            reward=score.reward,
-        )
-        for routed in plan
-        if (score := scores.get(routed.sample_id)) is not None and score.reward is not None
-    ]
+def reward_column(plan: LanguagePlan, scores: Mapping[str, Score]) -> NDArray[np.float64]:
+    """float64 [R]: the reward of each row of `plan`, NaN where there is none."""
+    found = [scores.get(sample_id) for sample_id in plan.sample_ids]
+    return np.array([np.nan if score is None or score.reward is None else score.reward for score in found], np.float64)
 
 
 def dump_batch(path: Path, batch: TrainingBatch, sample_ids: Sequence[str], reason: str) -> None:

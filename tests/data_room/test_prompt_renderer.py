@@ -81,21 +81,13 @@ def test_system_style_refuses_a_language_without_system_prompt(tokenizer: PreTra
         renderer.fitting([prompt()], ("de", "sv"))
 
 
-def test_each_question_is_tokenised_once_per_language(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_come_in_plan_order_and_equal_prompts_have_equal_ids(tokenizer: PreTrainedTokenizerFast) -> None:
     renderer = PromptRenderer(tokenizer, PromptConfig())
-    calls = []
-    original = PreTrainedTokenizerFast._batch_encode_plus
-    monkeypatch.setattr(
-        PreTrainedTokenizerFast,
-        "_batch_encode_plus",
-        lambda self, texts, *args, **kwargs: calls.append(texts) or original(self, texts, *args, **kwargs),
-    )
-    tagged = [renderer.render(routed(prompt(), language, slot)) for slot, language in enumerate("de de ja de".split())]
-    assert len(calls) == 2
+    plan = [routed(prompt(), language, slot) for slot, language in enumerate("de de ja de".split())]
+    tagged = renderer.render_all(plan)
+    assert [row.routed for row in tagged] == plan
     assert tagged[0].token_ids == tagged[1].token_ids == tagged[3].token_ids != tagged[2].token_ids
-    assert [t.routed.slot for t in tagged] == [0, 1, 2, 3]
+    assert [renderer.render(row) for row in plan] == tagged
 
 
 def lengths(tokenizer: PreTrainedTokenizerFast, question: Prompt) -> dict[str, int]:

@@ -16,6 +16,8 @@ from nemo_lrpo.config.schema import TrainConfig
 from nemo_lrpo.serve_rewards import load_config
 
 ROUTERS = sorted(path.stem for path in (CONFIG_DIR / "router").glob("*.yaml"))
+POLICIES = {"default": "hierarchical", "input_dominant": "fixed", "en_dominant": "fixed"}
+"""Of the router files that are not named for theirs."""
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def overrides(paths: dict[str, str], **changes: str) -> list[str]:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_shipped_training_configurations_are_valid(name: str, router: str, paths: dict[str, str]) -> None:
     config = load_train_config(compose(name, overrides(paths, router=router)))
-    assert config.router.name == router
+    assert config.router.name == POLICIES.get(router, router)
     assert config.loop.rollouts_per_prompt == 8
 
 
@@ -79,8 +81,9 @@ def missing_keys(schema: type, node: DictConfig, key: str) -> list[str]:
     return missing
 
 
-def test_every_key_can_be_overridden_without_a_plus(paths: dict[str, str]) -> None:
-    tree = compose("train", overrides(paths))
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_key_can_be_overridden_without_a_plus(router: str, paths: dict[str, str]) -> None:
+    tree = compose("train", overrides(paths, router=router))
     hints = typing.get_type_hints(TrainConfig)
     sections = [(name, hints[name], tree[name]) for name in ("data", "prompt", "router", "rollout", "reward")]
     sections += [(name, hints[name], tree[name]) for name in ("algorithm", "actor", "pretrained_checkpoint")]
@@ -111,6 +114,16 @@ def test_the_defaults_are_the_published_settings(paths: dict[str, str]) -> None:
         ({"rollout.backend": "vllm"}, ["rollout.backend", "megatron", "trt_llm"]),
         ({"algorithm.aggregation": "mean"}, ["algorithm.aggregation", "token_mean"]),
         ({"router.reserved_slots": "9"}, ["router.reserved_slots=9", "rollouts_per_prompt=8"]),
+        ({"router.rollouts.adaptive": "true", "router.rollouts.min": "9"}, ["rollouts.min=9", "rollouts_per_prompt=8"]),
+        ({"router.rollouts.adaptive": "true", "algorithm.num_updates": "2"}, ["num_updates=2", "adaptive", ": 1"]),
+        ({"router.diversity.min_languages": "16"}, ["min_languages=16", "15 languages"]),
+        (
+            {"router.diversity.max_per_language": "1", "data.languages": "[de,en,ja]"},
+            ["max_per_language=1", "3 languages", "groups of 8"],
+        ),
+        ({"router.objective.name": "regret"}, ["router.objective.name='regret'", "'progress'"]),
+        ({"router": "uniform", "router.price.weight": "0.1"}, ["router.price", "uniform", "hierarchical"]),
+        ({"router": "monolingual", "router.diversity.min_languages": "2"}, ["router.diversity", "one language"]),
         ({"algorithm.num_updates": "3"}, ["algorithm.num_updates=3", "prompts_per_step=256"]),
         ({"trainer.lrpo.prompts_per_step": "many"}, ["trainer.lrpo.prompts_per_step", "many"]),
         ({"trainer.precision": "16-mixed"}, ["trainer.precision", "bf16"]),

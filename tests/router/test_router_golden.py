@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from router_rows import Seen, observe
 
 from nemo_lrpo.config.router import RouterConfig, ScheduleConfig
-from nemo_lrpo.router.published import PublishedRouter
-from nemo_lrpo.types import ORIGIN_DRAWN, Observation, Prompt
+from nemo_lrpo.router import build_router
+from nemo_lrpo.router.policy import Context
+from nemo_lrpo.types import Prompt
 
 DATA = Path(__file__).parents[1] / "data"
 TOLERANCE = {"rtol": 0.0, "atol": 1e-6}
@@ -28,9 +30,9 @@ def names(value) -> tuple[str, ...]:
     return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
-def observation(row: dict, language: str, index: int) -> Observation:
+def seen(row: dict, language: str, index: int) -> Seen:
     # Zero-padded: the ids sort in the order of the recording.
-    return Observation(f"{index:04d}", names(row["topic"]), names(row["region"]), language, ORIGIN_DRAWN, row["reward"])
+    return Seen(f"{index:04d}", language, row["reward"], names(row["topic"]), names(row["region"]))
 
 
 @pytest.mark.parametrize("topic_update", ["per_cell", "once"])
@@ -44,20 +46,21 @@ def test_single_updates_and_probabilities(topic_update: str) -> None:
         temperature=ScheduleConfig(init=golden["temperature"], min=golden["temperature"]),
         epsilon=ScheduleConfig(init=golden["epsilon"]),
     )
-    router = PublishedRouter(config, golden["langs"], golden["topics"], golden["regions"], seed=0)
+    router = build_router(config, golden["langs"], golden["topics"], golden["regions"], seed=0)
     snapshots = {snapshot["after"]: snapshot for snapshot in golden["snapshots"]}
     for i, row in enumerate(golden["updates"], start=1):
-        router.observe([observation(row, row["lang"], i)])
+        observe(router, [seen(row, row["lang"], i)])
         if i not in snapshots:
             continue
         recorded = snapshots.pop(i)
-        for topic, values in zip(golden["topics"], router.topic_values):
+        for topic, values in zip(golden["topics"], router.policy.topic_values):
             np.testing.assert_allclose(values, recorded["q"]["topic"][topic], **TOLERANCE)
-        for region, values in zip(golden["regions"], router.region_values):
+        for region, values in zip(golden["regions"], router.policy.region_values):
             np.testing.assert_allclose(values, recorded["q"]["region"][region], **TOLERANCE)
         for context in recorded["contexts"]:
             topics, regions = names(context["topic"]), names(context["region"])
-            np.testing.assert_allclose(router.logits(topics, regions), context["logits"], **TOLERANCE)
+            logits = router.policy.values([Context(topics, regions)])[0]
+            np.testing.assert_allclose(logits, context["logits"], **TOLERANCE)
             prompt = Prompt("q", "?", "!", "en", "en", topics, regions)
             np.testing.assert_allclose(router.distribution(prompt), context["effective"], **TOLERANCE)
     assert not snapshots
@@ -71,17 +74,17 @@ def test_buffered_group_updates(normalisation: str) -> None:
     topics = list(recorded["topic"])
     # The released code also keeps a row for a region called 'None'; a rollout without a region teaches none here.
     regions = [name for name in recorded["region"] if name != "None"]
-    router = PublishedRouter(
+    router = build_router(
         released(normalisation=normalisation, update_every=5), golden["langs"], topics, regions, seed=0
     )
     for step in golden["results"]["zscore"]["steps"]:
-        assert not router.topic_values.any()
+        assert not router.policy.topic_values.any()
         # Rows without a drawn language are skipped in the recording.
         rows = [row for row in step if row["lang_idx"] >= 0]
-        router.observe([observation(row, golden["langs"][row["lang_idx"]], i) for i, row in enumerate(rows)])
-    for topic, values in zip(topics, router.topic_values):
+        observe(router, [seen(row, golden["langs"][row["lang_idx"]], i) for i, row in enumerate(rows)])
+    for topic, values in zip(topics, router.policy.topic_values):
         np.testing.assert_allclose(values, recorded["topic"][topic], **TOLERANCE)
-    for region, values in zip(regions, router.region_values):
+    for region, values in zip(regions, router.policy.region_values):
         np.testing.assert_allclose(values, recorded["region"].get(region, 0.0), **TOLERANCE)
 
 
@@ -89,17 +92,17 @@ def test_one_step_per_topic_differs_where_a_topic_has_several_regions() -> None:
     """The switch is a real one: the paper's rule does not give the released tables."""
     golden = json.loads((DATA / "golden_group_update.json").read_text())
     recorded = golden["results"]["none"]["q"]["topic"]
-    router = PublishedRouter(
+    router = build_router(
         released(topic_update="once", normalisation="none"), golden["langs"], list(recorded), ["Italy", "Japan"], 0
     )
     sums: dict[tuple[str, int], list[float]] = {}
     for step in golden["results"]["zscore"]["steps"]:
         rows = [row for row in step if row["lang_idx"] >= 0]
-        router.observe([observation(row, golden["langs"][row["lang_idx"]], i) for i, row in enumerate(rows)])
+        observe(router, [seen(row, golden["langs"][row["lang_idx"]], i) for i, row in enumerate(rows)])
         for row in rows:
             sums.setdefault((row["topic"], row["lang_idx"]), []).append(row["reward"])
     released_table = np.array([recorded[topic] for topic in router.topics])
-    assert np.abs(router.topic_values - released_table).max() > 0.01
+    assert np.abs(router.policy.topic_values - released_table).max() > 0.01
     # Without normalisation one step goes to the plain average reward of the topic and language.
     expected = [[0.1 * np.mean(sums.get((t, i), [0.0])) for i in range(len(router.languages))] for t in router.topics]
-    np.testing.assert_allclose(router.topic_values, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(router.policy.topic_values, expected, rtol=0, atol=1e-12)

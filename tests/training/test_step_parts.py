@@ -14,9 +14,11 @@ import torch
 from safetensors import safe_open
 
 from nemo_lrpo.algorithms.advantages import group_advantages
+from nemo_lrpo.router import LanguagePlan
+from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError
 from nemo_lrpo.training.metrics import JsonLines, rollout_metrics
 from nemo_lrpo.training.scoring import MissingRewards, RewardsUnavailable, ScoreCollector
-from nemo_lrpo.training.trainer import dump_batch, observations
+from nemo_lrpo.training.trainer import check_resumable, dump_batch, reward_column
 from nemo_lrpo.types import Prompt, Rollouts, RoutedPrompt, Score, ScoreRequest, TrainingBatch
 
 LANGUAGES = ("de", "ja", "en")
@@ -28,6 +30,15 @@ def make_plan(questions: int = 3) -> list[RoutedPrompt]:
         prompt = Prompt(f"q{index}", f"question {index}", f"answer {index}", "de", "de", ("Chat",), ("Europe",))
         plan += [RoutedPrompt(prompt, 7, slot, LANGUAGES[slot], "drawn", 0.3) for slot in range(3)]
     return plan
+
+
+def observed(plan: Sequence[RoutedPrompt], scores: Mapping[str, Score]) -> set[str]:
+    """The samples that the router gets a reward of; the others are NaN."""
+    rewards = reward_column(LanguagePlan.of(plan, LANGUAGES), scores)
+    assert rewards.dtype == float and len(rewards) == len(plan)
+    found = {routed.sample_id: reward for routed, reward in zip(plan, rewards.tolist()) if not math.isnan(reward)}
+    assert found == {name: score.reward for name, score in scores.items() if name in found}
+    return set(found)
 
 
 def make_rollouts(plan: Sequence[RoutedPrompt]) -> Rollouts:
@@ -149,7 +160,7 @@ def test_missing_rewards_are_absent_counted_and_not_zero() -> None:
     metrics = rollout_metrics(plan, make_rollouts(plan), scores)
     assert (metrics["missing"], metrics["missing/ja"], metrics["missing/de"], metrics["missing/en"]) == (2, 1, 1, 0)
     assert metrics["reward/ja"] == 0.5, "the mean is over the rewards that are there"
-    assert {o.sample_id for o in observations(plan, scores)} == set(scores)
+    assert observed(plan, scores) == set(scores)
 
 
 def test_too_many_missing_rewards_refuse_the_step() -> None:
@@ -165,7 +176,7 @@ def test_answers_masked_by_the_gate_leave_the_update_and_are_not_missing() -> No
     assert (metrics["masked"], metrics["masked/ja"], metrics["missing"], metrics["scored"]) == (3, 1, 0, 6)
     assert metrics["abstained"] == pytest.approx(3 / 9) and metrics["truncated"] == 0.0
     assert metrics["reward/ja"] == 0.5, "the mean is over the rewards that are there"
-    assert {o.sample_id for o in observations(plan, scores)} == set(scores) - masked
+    assert observed(plan, scores) == set(scores) - masked
 
 
 def test_a_reward_that_a_verifier_could_not_give_is_missing() -> None:
@@ -227,3 +238,12 @@ def test_a_batch_that_failed_is_left_behind_with_its_samples(tmp_path: Path) -> 
         assert torch.equal(file.get_tensor("use"), rollouts.ended)
         assert json.loads(file.metadata()["sample_ids"]) == [routed.sample_id for routed in plan]
         assert file.metadata()["reason"] == "loss=nan"
+
+
+def test_a_run_goes_on_with_more_languages_not_with_fewer_nor_another_seed() -> None:
+    checkpoint = Checkpoint(Path("step_00000002"), {"languages": ["de", "en", "ja"], "seed": 7})
+    check_resumable(checkpoint, 7, ("en", "fr", "ja", "de"))
+    with pytest.raises(CheckpointError, match=r"this run has de, fr\. en, ja cannot be taken away"):
+        check_resumable(checkpoint, 7, ("de", "fr"))
+    with pytest.raises(CheckpointError, match="saved with seed=7, this run has seed=8"):
+        check_resumable(checkpoint, 8, ("de", "en", "ja"))

@@ -18,9 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from encoder_fixture import build_tiny_encoder
 from launch import ROOT, run
+
+from nemo_lrpo.router import from_json
 
 pytestmark = pytest.mark.slow
 
@@ -181,12 +184,14 @@ def assert_same_run(found: Path, expected: Path, relative: float) -> None:
         assert left["probability"] == pytest.approx(right["probability"], rel=relative)
     left, right = state(found), state(expected)
     assert (left["step"], left["data"], left["updates"]) == (right["step"], right["data"], right["updates"])
-    tables = ("topic_values", "region_values")
-    for table in tables:
-        for row, reference in zip(left["router"][table], right["router"][table], strict=True):
-            assert row == pytest.approx(reference, rel=relative, abs=relative)
-    without = lambda router: {key: value for key, value in router.items() if key not in (*tables, "pending")}  # noqa: E731
-    assert without(left["router"]) == without(right["router"])
+    tables = [from_json(run["router"]["learned"]) for run in (left, right)]
+    assert tables[0].keys() == tables[1].keys() == {"topic_values", "region_values"}
+    for name, table in tables[0].items():
+        np.testing.assert_allclose(table, tables[1][name], rtol=relative, atol=relative)
+    # Costs are whole tokens; rewards differ in the last digits between layouts.
+    same = ("version", "policy", "languages", "topics", "regions", "seed", "step", "updates", "costs")
+    assert [left["router"][key] for key in same] == [right["router"][key] for key in same]
+    assert left["router"]["window"]["steps"] == right["router"]["window"]["steps"]
 
 
 def test_a_run_trains_every_part(whole: Path) -> None:
@@ -251,13 +256,15 @@ def test_without_divergence_no_reference_is_kept(train: Launcher, tmp_path: Path
     assert record["policy/kl"] == 0 and record["policy/tokens"] > 0
 
 
-def test_a_damaged_checkpoint_and_other_languages_are_refused(train: Launcher, half: Path, tmp_path: Path) -> None:
+def test_languages_may_change_places_and_a_damaged_checkpoint_is_refused(
+    train: Launcher, half: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(half, run_dir)
-    assert "saved for languages de, en, ja; this run has en, ja, de" in train(
-        run_dir, expect=1, data__languages="[en,ja,de]"
-    )
-    (next((run_dir / "checkpoints").iterdir()) / "state.json").unlink()
+    languages = "[en,ja,de]"
+    assert "Continuing after step 2" in train(run_dir, data__languages=languages, trainer__lrpo__stop_after_steps=1)
+    assert state(run_dir)["router"]["languages"] == ["en", "ja", "de"]
+    (max((run_dir / "checkpoints").iterdir()) / "state.json").unlink()
     output = train(run_dir, expect=1)
     assert "CheckpointError" in output and "state.json is missing" in output and "Traceback" not in output
 

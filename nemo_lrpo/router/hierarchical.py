@@ -1,0 +1,262 @@
+"""The hierarchical Bayesian policy: a language's value as a sum of effects whose sizes the data tell.
+
+In a context with topics T and regions G (either may be several: their effects average), language l is worth
+
+    f_l = a_l + mean_{t in T} b_{t,l} + mean_{g in G} d_{g,l} + e_{TG,l},        value of a rollout = f_l + noise,
+
+all effects normal. a, b and d are joined between relatives and between all languages (tree.py), so that a new language
+or region starts from what is known of its relatives; e is the context's own. The variance of every kind of effect and
+of the noise is estimated (empirical Bayes), so that regions are soon ignored where they do not matter. How far to look
+back is estimated too: one model per entry of `memory` forgets at that rate, weighted by how well it predicted the last
+windows. p(l) is the probability, under that mixture, that l has the largest value, to the power `sharpness`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_lrpo.config.router import RouterConfig
+from nemo_lrpo.router.base import finite_array
+from nemo_lrpo.router.memories import Memories, check_same, normal_log_likelihood
+from nemo_lrpo.router.policy import Context, Evidence
+from nemo_lrpo.router.tables import Cell, CellTable, cell_of, window_sums
+from nemo_lrpo.router.tree import TreePosterior, tree_posterior, updated_variances
+from nemo_lrpo.router.typology import relatives
+
+Array = NDArray[np.float64]
+
+_BLOCKS = 3
+"""Kinds of effects with a variance of their own on each level of the tree: a, b, d."""
+_PRIOR = np.array([[0.005] * _BLOCKS, [0.001] * _BLOCKS, [0.05] * _BLOCKS])
+"""Variances before any data, in units of the noise variance: of languages around their relatives, of relatives around
+all languages, of what all languages share."""
+_PRIOR_OWN = 0.2
+"""Likewise, of e."""
+_PRIOR_WEIGHT = 3.0
+"""What the prior variances count, in well-determined effects."""
+_SMALLEST = 1e-6
+"""Variances do not fall below this share of the noise variance."""
+_MOST_COLUMNS = 128
+"""Topics, and regions, with an effect of their own; the rest of a longer list shares that of the undeclared. Time grows
+with the third power, memory with the second."""
+_NOTHING = 1e-12
+"""Counts below this are none."""
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """What one model takes the sizes to be, as variances. levels: float64 [3, 3], (level of the tree, kind of effect);
+    own: of e; noise: of a rollout."""
+
+    levels: Array = field(default_factory=_PRIOR.copy)
+    own: float = _PRIOR_OWN
+    noise: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What one model knows since it last learned. centre: mean of all values, which effects are relative to."""
+
+    centre: float
+    effects: TreePosterior
+    scales: _Scales
+
+    def predict(self, features: Array, count: Array, total: Array) -> tuple[Array, Array, Array, Array]:
+        """Of cells with phi `features` [C, D], whose values number `count` and sum to `total` [C, L]: posterior mean
+        and variance of f, posterior mean of e, and the part of e that the data determine; float64 [C, L] each."""
+        own, noise = self.scales.own, self.scales.noise
+        mean = features @ self.effects.mean.T
+        spread = features @ self.effects.covariance
+        variance = np.einsum("lcd,cd->cl", spread, features)
+        # Given the other effects, the cell's own data pull f from their sum towards the cell's mean by `gain`.
+        gain = own * count / (own * count + noise)
+        away = gain * (total / np.maximum(count, _NOTHING) - self.centre - mean)
+        return (
+            self.centre + mean + away,
+            (1.0 - gain) ** 2 * variance + own * (1.0 - gain),
+            away,
+            np.maximum(gain - gain**2 * variance / own, 0.0),
+        )
+
+
+class HierarchicalPolicy:
+    """Languages' values by topic, region and context; see the module's docstring."""
+
+    name = "hierarchical"
+    per_question = False
+    per_language = False
+    state_axes: Mapping[str, tuple[str, ...]] = {
+        "count": ("", "", "languages"),
+        "total": ("", "", "languages"),
+    }
+
+    def __init__(
+        self, config: RouterConfig, languages: Sequence[str], topics: Sequence[str], regions: Sequence[str]
+    ) -> None:
+        """`topics`, `regions`: those with effects of their own, up to 128 each; others share one effect, as one more of
+        each. Every context has its own e in any case."""
+        self._settings = config.hierarchical
+        self._languages, self._groups = len(languages), relatives(languages)
+        self._columns = [{name: i for i, name in enumerate(names[:_MOST_COLUMNS])} for names in (topics, regions)]
+        # One column for every language's own level, then topics and regions, each with one for the undeclared.
+        widths = [1, *(len(columns) + 1 for columns in self._columns)]
+        self._blocks = np.repeat(np.arange(_BLOCKS), widths)
+        self._memories = Memories(self._settings.memory)
+        models = len(self._settings.memory)
+        self._table = CellTable(models, self._languages)
+        self._scales = [_Scales() for _ in range(models)]
+        # Discounted sum of squares within cells and windows, and its degrees of freedom.
+        self._squares, self._freedom = np.zeros(models), np.zeros(models)
+        self._refit()
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def probabilities(self, contexts: Sequence[Context], step: int, charges: Array | None = None) -> Array:
+        """See LanguagePolicy."""
+        if charges is not None:
+            return self._best(contexts, charges)
+        # The same until the next window; a cache, no state.
+        missing = {cell_of(c): c for c in contexts if cell_of(c) not in self._known}
+        if missing:
+            self._known.update(zip(missing, self._best(list(missing.values()), None)))
+        return np.stack([self._known[cell_of(c)] for c in contexts])
+
+    def values(self, contexts: Sequence[Context]) -> Array:
+        """See LanguagePolicy: posterior means; NaN before the first window."""
+        if not self._freedom.any():
+            return np.full((len(contexts), self._languages), np.nan)
+        return self._memories.mean(self._predicted(contexts)[0])
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Weight of each memory and, by weight, the standard deviations of effects and noise."""
+        weights = self._memories.weights
+        found = {f"memory/{keep:g}": float(w) for keep, w in zip(self._settings.memory, weights)}
+        for block, kind in enumerate(("language", "topic", "region")):
+            found[f"effect/{kind}"] = float(np.sqrt(weights @ [s.levels[0, block] for s in self._scales]))
+        found["effect/context"] = float(np.sqrt(weights @ [s.own for s in self._scales]))
+        found["noise"] = float(np.sqrt(weights @ [s.noise for s in self._scales]))
+        return found
+
+    def _best(self, contexts: Sequence[Context], charges: Array | None) -> Array:
+        return self._memories.probabilities(*self._predicted(contexts), charges, self._settings.sharpness)
+
+    def _features(self, contexts: Sequence[Context]) -> Array:
+        """phi, float64 [C, D]: 1, then the share of each topic, then that of each region."""
+        features = np.zeros((len(contexts), len(self._blocks)))
+        features[:, 0] = 1.0
+        start = 1
+        for columns, names in zip(self._columns, ("topics", "regions")):
+            for row, context in enumerate(contexts):
+                present = getattr(context, names)
+                for name in present:
+                    features[row, start + columns.get(name, len(columns))] += 1.0 / len(present)
+            start += len(columns) + 1
+        return features
+
+    def _predicted(self, contexts: Sequence[Context]) -> tuple[Array, Array]:
+        """Posterior mean and variance of every f, float64 [M, C, L] each."""
+        features = self._features(contexts)
+        count, total = self._table.read(contexts)
+        models = range(len(self._scales))
+        found = [self._fits[m].predict(features, count[:, m], total[:, m]) for m in models]
+        return np.stack([mean for mean, *_ in found]), np.stack([variance for _, variance, *_ in found])
+
+    # --- learning ---------------------------------------------------------------------------------------------------
+
+    def learn(self, evidence: Evidence) -> None:
+        """See LanguagePolicy."""
+        count, total, squares = window_sums(evidence, self._languages)
+        if len(evidence.value):
+            self._judge(evidence.contexts, count, total)
+        kept = self._memories.keep**evidence.steps
+        self._table.decay(kept)
+        self._table.add(evidence.contexts, count, total)
+        self._squares = self._squares * kept + squares
+        self._freedom = self._freedom * kept + np.maximum(count - 1.0, 0.0).sum()
+        for m in range(len(self._scales)):
+            self._rescale(m)
+        self._refit()
+
+    def _judge(self, contexts: Sequence[Context], count: Array, total: Array) -> None:
+        """Weigh the memories by how well each predicted the means of the window's cells."""
+        seen = count > 0
+        means, variances = self._predicted(contexts)
+        window = total[seen] / count[seen]
+        self._memories.judge(
+            np.array(
+                [
+                    normal_log_likelihood(window, mean[seen], variance[seen] + scales.noise / count[seen])
+                    for mean, variance, scales in zip(means, variances, self._scales)
+                ]
+            )
+        )
+
+    def _rescale(self, m: int) -> None:
+        """Move model m's variances one step towards those that make its data likeliest (MacKay)."""
+        if self._freedom[m] < 1.0:
+            return
+        noise = max(self._squares[m] / self._freedom[m], _SMALLEST)
+        features = self._features(self._table.contexts)
+        count, total = self._data(m)
+        fit = self._fit(m, features)
+        *_, own, known = fit.predict(features, count, total)
+        levels = updated_variances(fit.effects, self._blocks, noise * _PRIOR, _PRIOR_WEIGHT)
+        of_own = ((own**2).sum() + _PRIOR_WEIGHT * noise * _PRIOR_OWN) / (known.sum() + _PRIOR_WEIGHT)
+        least = _SMALLEST * noise
+        self._scales[m] = _Scales(np.maximum(levels, least), max(float(of_own), least), noise)
+
+    def _refit(self) -> None:
+        """Take the data in under the present scales; what was predicted before no longer holds."""
+        features = self._features(self._table.contexts)
+        self._fits = [self._fit(m, features) for m in range(len(self._scales))]
+        self._known: dict[Cell, Array] = {}
+
+    def _fit(self, m: int, features: Array) -> _Fit:
+        """Model m's posterior of all effects. `features`: those of all cells."""
+        scales = self._scales[m]
+        count, total = self._data(m)
+        centre = float(total.sum() / max(count.sum(), _NOTHING))
+        # A cell's mean has the variance of e on top of that of the noise.
+        weight = count / (scales.own * count + scales.noise)
+        shift = (weight * (total / np.maximum(count, _NOTHING) - centre)).T @ features
+        information = (features.T * weight.T[:, None, :]) @ features
+        effects = tree_posterior(information, shift, self._groups, scales.levels[:, self._blocks])
+        return _Fit(centre, effects, scales)
+
+    def _data(self, m: int) -> tuple[Array, Array]:
+        """Number and sum of values that model m remembers, float64 [C, L] each."""
+        return self._table.count[:, m], self._table.total[:, m]
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """See LanguagePolicy."""
+        return {
+            "memory": list(self._settings.memory),
+            **self._table.state(),
+            "weights": self._memories.weights,
+            "squares": self._squares,
+            "freedom": self._freedom,
+            "levels": np.stack([s.levels for s in self._scales]),
+            "own": np.array([s.own for s in self._scales]),
+            "noise": np.array([s.noise for s in self._scales]),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """See LanguagePolicy."""
+        models = len(self._scales)
+        check_same(state, "memory", list(self._settings.memory), "router.hierarchical.memory")
+        table = self._table.loaded(state)
+        weights, squares, freedom, own, noise = (
+            finite_array(state, name, (models,)) for name in ("weights", "squares", "freedom", "own", "noise")
+        )
+        levels = finite_array(state, "levels", (models, *_PRIOR.shape))
+        self._table = table
+        self._memories.weights, self._squares, self._freedom = weights, squares, freedom
+        self._scales = [_Scales(*each) for each in zip(levels, own.tolist(), noise.tolist())]
+        self._refit()
