@@ -36,7 +36,7 @@ def build_tiny_encoder(path: Path, seed: int = 0, shape: str = "plain") -> Path:
     from transformers import AutoModel
 
     special = {"plain": (), "e5": ("<s>", "</s>")}.get(shape, ("[CLS]", "[SEP]"))
-    fast = _tokenizer(special, "left" if shape == "last" else "right", 64 if shape == "e5" else 128)
+    fast = _tokenizer(special, "left" if shape == "last" else "right", {"e5": 64, "labse": 125}.get(shape, 128))
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as source:
         torch.manual_seed(seed)
         AutoModel.from_config(_config(shape, fast)).save_pretrained(source)
@@ -112,6 +112,8 @@ def _config(shape: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
         # The first layer of three reads everything, the others 8 tokens to either side.
         special = {f"{name}_token_id": number for name, number in (("bos", 2), ("cls", 2), ("eos", 3), ("sep", 3))}
         return ModernBertConfig(**{**sizes, "num_hidden_layers": 4}, local_attention=16, **special)
+    if shape == "labse":
+        return BertConfig(**{**sizes, "max_position_embeddings": 125})
     if shape == "e5":
         # XLM-R's positions begin after the padding token's id.
         return XLMRobertaConfig(**{**sizes, "max_position_embeddings": 65})

@@ -29,10 +29,6 @@ REFERENCE = "reference"
 RESPONSE = "response"
 
 _IDENTITY_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
-# Tokens of a batch, and those that take as long as what a batch costs beside its tokens. CPU: measured on two cores,
-# where larger batches leave the cache; GPU: an estimate.
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-_BATCH_OVERHEAD = {"cpu": 64, "cuda": 1024}
 # Tokenised at a time, while the encoding thread works on what came before: texts, and characters unless one text alone
 # has more. A tokenizer takes about a hundred bytes a token.
 _PIECE_TEXTS = 1024
@@ -81,7 +77,7 @@ class Embeddings:
 class SentenceEncoder:
     """A sentence-transformers model behind a queue: several threads may call at once, and share batches.
 
-    identity: see encoder_identity. dimension: D. batch_tokens: see EncoderConfig. Loading raises ConfigError for a
+    identity: see encoder_identity. dimension: D. Loading raises ConfigError for a
     directory that holds no such model, embeddings that are not finite, a window without room for text and a prompt that
     the model lacks.
     """
@@ -93,15 +89,14 @@ class SentenceEncoder:
 
         self._model = EncoderModel(config)
         self.identity = encoder_identity(config)
-        device = self._model.device.type
-        self.batch_tokens = config.batch_tokens or _BATCH_TOKENS[device]
-        probe = self._model.encode(self._model.tokenise(["1"], [self._model.prefixes[RESPONSE]])[0].windows, 0)
+        (window,) = self._model.tokenise(["1"], [self._model.prefixes[RESPONSE]])[0].windows
+        probe = self._model.encode([window], self._model.rule.width(1, len(window)))
         if not np.isfinite(probe).all():
             raise ConfigError(
                 f"encoder.path={config.path!r} gives embeddings that are not finite; its weights are broken."
             )
         self.dimension: int = probe.shape[1]
-        self._queue = EncodingQueue(self._model.encode, self.batch_tokens, _BATCH_OVERHEAD[device])
+        self._queue = EncodingQueue(self._model.encode, self._model.rule)
         self._release = weakref.finalize(self, self._queue.close)
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()

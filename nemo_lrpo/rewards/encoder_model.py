@@ -15,9 +15,13 @@ from torch import nn
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.scoring import EncoderConfig
-from nemo_lrpo.rewards.encoding_queue import TokenisedText, Tokens
+from nemo_lrpo.rewards.encoding_queue import BatchRule, TokenisedText, Tokens
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError, SafetensorError)
+
+
+# Numbers of rows that packed layers are compiled for: its multiples.
+_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Prefix:
 class EncoderModel:
     """Loads the model that `config` names; raises ConfigError where that fails. `tokenise` may be called by several
     threads at once, `encode` by one at a time."""
+
+    rule: BatchRule
+    """How to cut batches of windows for `encode`."""
 
     def __init__(self, config: EncoderConfig):
         self.device = torch.device(_device(config.device))
@@ -50,8 +57,10 @@ class EncoderModel:
             # Parameters alone: buffers hold the frequencies of positions, which bfloat16 would spoil.
             for parameter in first.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
-        elif self.device.type == "cpu":
-            pack_linears(self.modules)
+        packed = self.device.type == "cpu" and not bfloat16 and pack_linears(self.modules)
+        self.rule = _batch_rule(config, self.device.type, packed, _positions(first.auto_model))
+        if packed:
+            prepare_shapes(self.modules, self.rule)
         self._tokenizer = first.tokenizer
         self._lower_case = first.do_lower_case
         self._pad = self._tokenizer.pad_token_id or 0
@@ -73,9 +82,9 @@ class EncoderModel:
         ]
         return [self._cut((prefix, text), ids, prefix) for text, ids, prefix in zip(texts, self._ids(whole), prefixes)]
 
-    def encode(self, windows: Sequence[Tokens], group: int) -> NDArray[np.float32]:
-        """Embeddings float32 [B, D] of B windows, as the model's last module leaves them."""
-        width = max(map(len, windows))
+    def encode(self, windows: Sequence[Tokens], width: int, group: int = 0) -> NDArray[np.float32]:
+        """Embeddings float32 [B, D] of B windows, padded to `width` tokens, as the model's last module leaves them.
+        group: of their prefix."""
         ids = np.full((len(windows), width), self._pad, dtype=np.int64)
         mask = np.zeros((len(windows), width), dtype=np.int64)
         # On the right whatever the tokenizer's side: positions then do not depend on the longest of the batch.
@@ -180,16 +189,36 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
-def pack_linears(module: nn.Module) -> None:
-    """Replace the linear layers inside `module` by packed ones, where PyTorch has oneDNN: 10 to 20 % of the time of a
-    forward pass on x86. Rounding differs in the last bits."""
+def pack_linears(module: nn.Module) -> bool:
+    """Replace the linear layers inside `module` by packed ones; False, and nothing done, where PyTorch lacks oneDNN.
+    Rounding differs in the last bits."""
     if not torch.backends.mkldnn.is_available():
-        return
+        return False
     for name, child in module.named_children():
         if type(child) is nn.Linear:
             setattr(module, name, PackedLinear(child))
         else:
             pack_linears(child)
+    return True
+
+
+def prepare_shapes(module: nn.Module, rule: BatchRule) -> None:
+    """Run the packed layers inside `module` once with each number of rows that a batch may have.
+
+    oneDNN compiles a kernel for every number of rows and keeps it. Compiled as the numbers come, between tensors of all
+    sizes, the kernels tear the heap into pieces, and memory grows by hundreds of MB; the largest first, they do not.
+    """
+    layers = {(x.weight.shape, x.bias is None): x for x in module.modules() if isinstance(x, PackedLinear)}
+    with torch.inference_mode():
+        for rows in range(rule.tokens - rule.tokens % rule.grain, 0, -rule.grain):
+            for layer in layers.values():
+                layer(torch.zeros(rows, layer.weight.shape[1]))
+
+
+def _batch_rule(config: EncoderConfig, device: str, packed: bool, widest: int | None) -> BatchRule:
+    # CPU: measured on two cores, where larger batches leave the cache; GPU: estimates.
+    tokens, overhead = (2048, 64) if device == "cpu" else (16384, 1024)
+    return BatchRule(config.batch_tokens or tokens, overhead, _ROWS if packed else 1, widest)
 
 
 def _load(config: EncoderConfig, device: torch.device, bfloat16: bool) -> SentenceTransformer:

@@ -1,7 +1,7 @@
 """Token sequences of several callers, encoded in common batches by one thread.
 
 A caller opens a ticket, adds texts to it as they are tokenised, and waits. The thread takes all that is waiting, sorts
-it by length, cuts batches of at most `batch_tokens` tokens, padding included, and hands each text's embedding to
+it by length, cuts batches of a limited number of tokens, padding included, and hands each text's embedding to
 everyone who waits for it; what arrives meanwhile is taken next. A text that is waited for twice is encoded once.
 """
 
@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,9 @@ from nemo_lrpo.rewards.verifier import ShouldStop
 from nemo_lrpo.types import ScoringAbandoned
 
 Tokens = NDArray[np.int32]
-Encode = Callable[[Sequence[Tokens], int], NDArray[np.float32]]
-"""Embeddings float32 [B, D] of B token sequences of one group (see TokenisedText), to be padded to the longest."""
+Encode = Callable[[Sequence[Tokens], int, int], NDArray[np.float32]]
+"""Embeddings float32 [B, D] of B token sequences, to be padded to so many tokens, of one group (see TokenisedText)."""
+IntOrArray = TypeVar("IntOrArray", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,41 @@ class _Window:
     text: _Text
 
 
-def cut(lengths: Sequence[int], batch_tokens: int, overhead: int) -> list[int]:
-    """Sizes of the batches that texts of `lengths`, longest first, are cut into, in order: at most `batch_tokens`
-    tokens each, padding included, unless a text alone has more; of all such, those with the least padded tokens +
-    `overhead` per batch."""
-    width = np.asarray(lengths, dtype=np.int64)
-    cost = np.zeros(len(width) + 1)
-    begin = np.zeros(len(width) + 1, dtype=np.int64)
-    for end in range(1, len(width) + 1):
+@dataclass(frozen=True)
+class BatchRule:
+    """How texts are cut into batches. tokens: of a batch at most, padding included, unless one text alone has more.
+    overhead: what a batch costs beside its tokens, in tokens. grain: texts are padded further until their batch has a
+    multiple of so many tokens, widest: but to no more tokens a text than that."""
+
+    tokens: int
+    overhead: int = 0
+    grain: int = 1
+    widest: int | None = None
+
+    def width(self, count: IntOrArray, longest: IntOrArray) -> IntOrArray:
+        """Tokens that `count` texts are padded to, one by one for arrays."""
+        step = self.grain // np.gcd(count, self.grain)
+        width = -(-longest // step) * step
+        return width if self.widest is None else np.maximum(longest, np.minimum(width, self.widest))
+
+
+def cut(lengths: Sequence[int], rule: BatchRule) -> list[int]:
+    """Sizes of the batches that texts of `lengths`, longest first, are cut into, in order: of all that `rule` allows,
+    those with the least padded tokens + overhead."""
+    longest = np.asarray(lengths, dtype=np.int64)
+    cost = np.zeros(len(longest) + 1)
+    begin = np.zeros(len(longest) + 1, dtype=np.int64)
+    for end in range(1, len(longest) + 1):
         # The last batch of texts 0..end-1 begins at one of `low`..end-1 and is as wide as its first text.
-        low = max(0, end - max(1, batch_tokens // int(width[end - 1])))
-        padded = np.arange(end - low, 0, -1) * width[low:end]
-        total = cost[low:end] + padded + overhead
-        total[:-1][padded[:-1] > batch_tokens] = np.inf
+        low = max(0, end - max(1, rule.tokens // int(longest[end - 1])))
+        count = np.arange(end - low, 0, -1)
+        padded = count * rule.width(count, longest[low:end])
+        total = cost[low:end] + padded + rule.overhead
+        total[:-1][padded[:-1] > rule.tokens] = np.inf
         best = int(total.argmin())
         cost[end], begin[end] = total[best], low + best
     sizes = []
-    end = len(width)
+    end = len(longest)
     while end:
         sizes.append(int(end - begin[end]))
         end = int(begin[end])
@@ -104,13 +124,11 @@ def cut(lengths: Sequence[int], batch_tokens: int, overhead: int) -> list[int]:
 
 
 class EncodingQueue:
-    """See the module. `encode` is called by the queue's own thread alone. overhead: what a batch costs beside its
-    tokens, in tokens."""
+    """See the module. `encode` is called by the queue's own thread alone."""
 
-    def __init__(self, encode: Encode, batch_tokens: int, overhead: int = 64):
+    def __init__(self, encode: Encode, rule: BatchRule):
         self._encode = encode
-        self._batch_tokens = batch_tokens
-        self._overhead = overhead
+        self._rule = rule
         self._changed = threading.Condition()
         self._waiting: list[_Window] = []
         # Texts without an embedding that somebody waits for. A text that is dropped here takes no further waiters.
@@ -187,7 +205,7 @@ class EncodingQueue:
         windows = sorted(windows, key=lambda window: (window.group, -len(window.tokens)))
         for _, members in itertools.groupby(windows, key=lambda window: window.group):
             rest = deque(members)
-            for size in cut([len(window.tokens) for window in rest], self._batch_tokens, self._overhead):
+            for size in cut([len(window.tokens) for window in rest], self._rule):
                 self._ask()
                 batch = [rest.popleft() for _ in range(size)]
                 with self._changed:
@@ -206,20 +224,20 @@ class EncodingQueue:
                 self.abandon(ticket, error)
 
     def _encode_batch(self, batch: Sequence[_Window]) -> None:
+        width = int(self._rule.width(len(batch), len(batch[0].tokens)))
         try:
-            rows = self._encode([window.tokens for window in batch], batch[0].group)
+            rows = self._encode([window.tokens for window in batch], width, batch[0].group)
         except Exception as error:
             with self._changed:
                 for window in batch:
                     for ticket, _ in list(window.text.waiters):
                         self._finish(ticket, error)
             return
-        padded = len(batch) * len(batch[0].tokens)
         with self._changed:
             self._counts["batches"] += 1
             self._counts["tokens"] += sum(len(window.tokens) for window in batch)
-            self._counts["padded_tokens"] += padded
-            self._counts["capacity_tokens"] += max(padded, self._batch_tokens)
+            self._counts["padded_tokens"] += len(batch) * width
+            self._counts["capacity_tokens"] += max(len(batch) * width, self._rule.tokens)
             for window, row in zip(batch, rows):
                 self._deliver(window, row)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_lrpo.rewards.encoding_queue import EncodingQueue, Ticket, TokenisedText, Tokens, cut
+from nemo_lrpo.rewards.encoding_queue import BatchRule, EncodingQueue, Ticket, TokenisedText, Tokens, cut
 from nemo_lrpo.rewards.verifier import ShouldStop, never
 from nemo_lrpo.types import ScoringAbandoned
 
@@ -29,7 +29,8 @@ class Model:
         self.gate.set()
         self.entered = threading.Semaphore(0)
 
-    def __call__(self, windows: Sequence[Tokens], group: int) -> np.ndarray:
+    def __call__(self, windows: Sequence[Tokens], width: int, group: int) -> np.ndarray:
+        assert width == len(windows[0]) >= max(map(len, windows))
         self.batches.append([window.tolist() for window in windows])
         self.entered.release()
         assert self.gate.wait(PATIENCE)
@@ -45,7 +46,7 @@ def model() -> Model:
 
 @pytest.fixture
 def queue(model: Model) -> Iterator[EncodingQueue]:
-    queue = EncodingQueue(model, batch_tokens=12, overhead=1)
+    queue = EncodingQueue(model, BatchRule(tokens=12, overhead=1))
     yield queue
     model.gate.set()
     queue.close()
@@ -73,27 +74,44 @@ def held(model: Model, queue: EncodingQueue) -> Ticket:
     return ticket
 
 
-@given(lengths=st.lists(st.integers(1, 40), max_size=30), batch_tokens=st.integers(1, 90), overhead=st.integers(0, 50))
-def test_a_cut_keeps_to_the_budget_and_costs_no_more_than_filling_batches_up(
-    lengths: list[int], batch_tokens: int, overhead: int
-) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=30),
+    rule=st.builds(
+        BatchRule,
+        st.integers(1, 90),
+        st.integers(0, 50),
+        st.sampled_from([1, 2, 8, 64]),
+        st.sampled_from([None, 40, 50]),
+    ),
+)
+def test_a_cut_keeps_to_the_rule_and_costs_no_more_than_filling_batches_up(lengths: list[int], rule: BatchRule) -> None:
     lengths.sort(reverse=True)
 
-    def cost(sizes: Sequence[int]) -> int:
+    def batches(sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """(texts, tokens)"""
         starts = np.cumsum([0, *sizes])[:-1]
-        return sum(size * lengths[start] + overhead for start, size in zip(starts, sizes))
+        return [(size, size * int(rule.width(size, lengths[start]))) for start, size in zip(starts, sizes)]
 
-    sizes = cut(lengths, batch_tokens, overhead)
+    def cost(sizes: Sequence[int]) -> int:
+        return sum(tokens + rule.overhead for _, tokens in batches(sizes))
+
+    sizes = cut(lengths, rule)
     assert sum(sizes) == len(lengths)
-    starts = np.cumsum([0, *sizes])[:-1]
-    assert all(size == 1 or size * lengths[start] <= batch_tokens for start, size in zip(starts, sizes))
+    assert all(size == 1 or tokens <= rule.tokens for size, tokens in batches(sizes))
     greedy, rest = [], list(lengths)
     while rest:
-        size = min(len(rest), max(1, batch_tokens // rest[0]))
+        size = max(n for n in range(1, len(rest) + 1) if n == 1 or n * rule.width(n, rest[0]) <= rule.tokens)
         greedy.append(size)
         rest = rest[size:]
     assert cost(sizes) <= cost(greedy)
     assert cost(sizes) <= cost([1] * len(lengths))
+
+
+@given(count=st.integers(1, 100), longest=st.integers(1, 200), grain=st.sampled_from([1, 8, 64]))
+def test_a_batch_is_padded_to_the_grain_and_not_beyond_the_widest(count: int, longest: int, grain: int) -> None:
+    width = BatchRule(1, grain=grain).width(count, longest)
+    assert longest <= width < longest + grain and count * width % grain == 0
+    assert BatchRule(1, grain=grain, widest=130).width(count, longest) == max(longest, min(width, 130))
 
 
 def test_what_waits_together_is_sorted_and_batched_together(model: Model, queue: EncodingQueue) -> None:

@@ -188,8 +188,8 @@ def test_an_embedding_that_is_not_finite_has_no_verdict_and_is_not_kept(
     queue = judge._similarity.encoder._queue
     encode = queue._encode
 
-    def broken(windows: Sequence[np.ndarray], group: int) -> np.ndarray:
-        rows = encode(windows, group)
+    def broken(windows: Sequence[np.ndarray], width: int, group: int) -> np.ndarray:
+        rows = encode(windows, width, group)
         rows[[len(window) > 30 for window in windows]] = np.nan
         return rows
 

@@ -173,14 +173,14 @@ class EncoderAlone:
         self.tokens = sum(map(len, ids))
         self.batches = {budget: list(self._cut(ids, budget)) for budget in budgets}
         for batches in self.batches.values():
-            self._model.encode(batches[-1], 0)
+            self._model.encode(batches[-1], len(batches[-1][0]))
 
     def rate(self, budget: int) -> float:
         """Tokens per second with batches of `budget` tokens."""
         batches = self.batches[budget]
         started = time.perf_counter()
         for batch in batches:
-            self._model.encode(batch, 0)
+            self._model.encode(batch, len(batch[0]))
         return sum(len(row) for batch in batches for row in batch) / (time.perf_counter() - started)
 
     @staticmethod
@@ -234,7 +234,11 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "questions": options.questions,
             "tokens": alone.tokens,
             "ours": _figures(best),
-            "loop": {"batch": best_batch, **_figures(loop)},
+            "loop": {
+                "batch": best_batch,
+                "eighth_seconds": {b: round(t, 3) for b, t in tried.items()},
+                **_figures(loop),
+            },
             "encoder": {"batch_tokens": max(rates, key=rates.__getitem__), "tokens_per_s": round(max(rates.values()))},
             "ratio": round(loop.seconds / best.seconds, 3),
             "of_best": round(alone.tokens / best.seconds / max(rates.values()), 3),
