@@ -5,8 +5,8 @@
     python tools/router_sim.py --json
 
 A world says how probable reward 1 is for each topic, region and language; questions come at random, 256 a step for 200
-steps unless the world says otherwise, with 8 rollouts each, the first 2 in the question's language. The router is the
-one that training uses, with the settings of conf/router. For every policy and world:
+steps unless the world says otherwise (subjects: 100 steps), with 8 rollouts each, the first 2 in the question's
+language. The router is the one that training uses, with the settings of conf/router. For every policy and world:
 
     share = sum over drawn slots of (value of the drawn language - mean value over languages)
           / sum over drawn slots of (value of the best language - mean value over languages)

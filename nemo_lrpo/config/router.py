@@ -159,16 +159,16 @@ class HierarchicalConfig:
 class FeaturesConfig:
     """Of name=features."""
 
-    dimension: int = 128
+    dimension: int = 256
     """Length D of the hashed feature vector; languages * D^2 numbers are kept per memory. Shortened where they would be
-    more than 2^23 (from 500 languages on at 128)."""
+    more than 2^23 (256 fits 128 languages)."""
     memory: list[float] = field(default_factory=lambda: [1.0, 0.9])
     """Shares of what was learned that a training step leaves, one model each; the data weights them."""
     sharpness: float = 4.0
     """Power of the probability to be best; 1 is Thompson sampling."""
 
     def check(self, key: str) -> None:
-        check_range(f"{key}.dimension", self.dimension, at_least=4)
+        check_range(f"{key}.dimension", self.dimension, at_least=8)
         _check_memory(f"{key}.memory", self.memory)
         check_range(f"{key}.sharpness", self.sharpness, above=0.0, below=math.inf)
 

@@ -46,8 +46,8 @@ def fitting_dimension(wanted: int, languages: int) -> int:
 
 @dataclass
 class _Moments:
-    """Discounted sums over a model's rollouts. gram: float64 [L, D, D], of phi phi'; product: [L, D], of phi y;
-    squares: of y^2; count; levels, noise: its variances, float64 [3, blocks] and that of a rollout."""
+    """Discounted sums over a model's rollouts. gram: float64 [L, D, D], of phi phi'; product: float64 [L, D], of phi y;
+    squares: of y^2; count. levels, noise: the model's variances, float64 [3, blocks] and that of a rollout."""
 
     gram: Array
     product: Array
@@ -66,8 +66,8 @@ class _Fit:
 
     def predict(self, features: Array) -> tuple[Array, Array]:
         """Posterior mean and variance of every language's value, float64 [C, L] each; features: [C, D]."""
-        mean = self.centre + features @ self.weights.mean.T
-        return mean, np.einsum("lcd,cd->cl", features @ self.weights.covariance, features)
+        mean, variance = self.weights.predict(features)
+        return self.centre + mean, variance
 
 
 class FeaturePolicy:
@@ -136,8 +136,8 @@ class FeaturePolicy:
             for weights in (None, evidence.value)
         )
         gram = (features.T * count.T[:, None, :]) @ features
-        # Symmetric to the last bit, as the saved triangle makes it.
-        gram = 0.5 * (gram + gram.transpose(0, 2, 1))
+        # Symmetric to the bit, as only a triangle is saved.
+        gram = 0.5 * (gram + gram.swapaxes(1, 2))
         for moments, kept in zip(self._moments, self._memories.keep**evidence.steps):
             moments.gram = moments.gram * kept + gram
             moments.product = moments.product * kept + total.T @ features

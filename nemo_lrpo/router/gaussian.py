@@ -11,8 +11,14 @@ Array = NDArray[np.float64]
 
 _REACH = 8.0
 """Standard deviations at which the normal distribution function is taken for 0 or 1 (an error of 1e-15)."""
-_TABLE_X = np.linspace(-_REACH, _REACH, 12_801)
-_TABLE_Y = np.array([math.log(0.5 * math.erfc(-x / math.sqrt(2.0))) for x in _TABLE_X])
+_PER_UNIT = 800
+_TABLE = np.array(
+    [
+        math.log(0.5 * math.erfc(-i / _PER_UNIT / math.sqrt(2.0)))
+        for i in range(int(-_REACH * _PER_UNIT), int(_REACH * _PER_UNIT) + 2)
+    ]
+)
+_SLOPE = np.diff(_TABLE)
 _EVEN_POINTS, _LEADING = 33, 4
 _NODES = np.array([-3.5, -2.4, -1.6, -0.9, -0.3, 0.3, 0.9, 1.6, 2.4, 3.5])
 _CHUNK = 1 << 21
@@ -24,7 +30,14 @@ def log_cdf(z: Array) -> Array:
 
     Linear interpolation in a table of step 1/800: several times as fast as evaluating an error function.
     """
-    return np.interp(z, _TABLE_X, _TABLE_Y)
+    place = np.clip(z, -_REACH, _REACH)
+    place *= _PER_UNIT
+    place += _REACH * _PER_UNIT
+    below = place.astype(np.int32)
+    place -= below
+    place *= _SLOPE[below]
+    place += _TABLE[below]
+    return place
 
 
 def probability_best(mean: Array, deviation: Array) -> Array:

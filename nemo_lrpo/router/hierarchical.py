@@ -2,13 +2,14 @@
 
 In a context with topics T and regions G (either may be several: their effects average), language l is worth
 
-    f_l = a_l + mean_{t in T} b_{t,l} + mean_{g in G} d_{g,l} + e_{TG,l},        value of a rollout = f_l + noise,
+    f_l = a_l + mean_{t in T} b_{t,l} + mean_{g in G} d_{g,l} + e_{TG,l},      value of a rollout = f_l + b_q + noise,
 
-all effects normal. a, b and d are joined between relatives and between all languages (tree.py), so that a new language
-or region starts from what is known of its relatives; e is the context's own. The variance of every kind of effect and
-of the noise is estimated (empirical Bayes), so that regions are soon ignored where they do not matter. How far to look
-back is estimated too: one model per entry of `memory` forgets at that rate, weighted by how well it predicted the last
-windows. p(l) is the probability, under that mixture, that l has the largest value, to the power `sharpness`.
+all effects normal. b_q is the question's, the same in all languages, and taken out first (questions.py). a, b and d are
+joined between relatives and between all languages (tree.py), so that a new language or region starts from what is known
+of its relatives; e is the context's own. The variance of every kind of effect and of the noise is estimated (empirical
+Bayes), so that regions are soon ignored where they do not matter. How far to look back is estimated too: one model per
+entry of `memory` forgets at that rate, weighted by how well it predicted the last windows. p(l) is the probability,
+under that mixture, that l has the largest value, to the power `sharpness`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from nemo_lrpo.config.router import RouterConfig
 from nemo_lrpo.router.base import finite_array
 from nemo_lrpo.router.memories import Memories, check_same, normal_log_likelihood
 from nemo_lrpo.router.policy import Context, Evidence
-from nemo_lrpo.router.tables import Cell, CellTable, cell_of, window_sums
+from nemo_lrpo.router.questions import QuestionEffects
+from nemo_lrpo.router.tables import Cell, CellTable, cell_of
 from nemo_lrpo.router.tree import TreePosterior, tree_posterior, updated_variances
 from nemo_lrpo.router.typology import relatives
 
@@ -37,13 +39,15 @@ _PRIOR = np.array([[0.005] * _BLOCKS, [0.001] * _BLOCKS, [0.05] * _BLOCKS])
 all languages, of what all languages share."""
 _PRIOR_OWN = 0.2
 """Likewise, of e."""
-_PRIOR_WEIGHT = 3.0
+_PRIOR_WEIGHT = 1.0
 """What the prior variances count, in well-determined effects."""
 _SMALLEST = 1e-6
 """Variances do not fall below this share of the noise variance."""
 _MOST_COLUMNS = 128
 """Topics, and regions, with an effect of their own; the rest of a longer list shares that of the undeclared. Time grows
 with the third power, memory with the second."""
+_LEAST_NOISE = 1e-12
+"""Of the noise variance: where all values of every cell are equal."""
 _NOTHING = 1e-12
 """Counts below this are none."""
 
@@ -70,9 +74,7 @@ class _Fit:
         """Of cells with phi `features` [C, D], whose values number `count` and sum to `total` [C, L]: posterior mean
         and variance of f, posterior mean of e, and the part of e that the data determine; float64 [C, L] each."""
         own, noise = self.scales.own, self.scales.noise
-        mean = features @ self.effects.mean.T
-        spread = features @ self.effects.covariance
-        variance = np.einsum("lcd,cd->cl", spread, features)
+        mean, variance = self.effects.predict(features)
         # Given the other effects, the cell's own data pull f from their sum towards the cell's mean by `gain`.
         gain = own * count / (own * count + noise)
         away = gain * (total / np.maximum(count, _NOTHING) - self.centre - mean)
@@ -109,6 +111,7 @@ class HierarchicalPolicy:
         self._memories = Memories(self._settings.memory)
         models = len(self._settings.memory)
         self._table = CellTable(models, self._languages)
+        self._questions = QuestionEffects.unknown()
         self._scales = [_Scales() for _ in range(models)]
         # Discounted sum of squares within cells and windows, and its degrees of freedom.
         self._squares, self._freedom = np.zeros(models), np.zeros(models)
@@ -139,6 +142,7 @@ class HierarchicalPolicy:
         for block, kind in enumerate(("language", "topic", "region")):
             found[f"effect/{kind}"] = float(np.sqrt(weights @ [s.levels[0, block] for s in self._scales]))
         found["effect/context"] = float(np.sqrt(weights @ [s.own for s in self._scales]))
+        found["effect/question"] = float(np.sqrt(self._questions.variances[1]))
         found["noise"] = float(np.sqrt(weights @ [s.noise for s in self._scales]))
         return found
 
@@ -170,14 +174,15 @@ class HierarchicalPolicy:
 
     def learn(self, evidence: Evidence) -> None:
         """See LanguagePolicy."""
-        count, total, squares = window_sums(evidence, self._languages)
-        if len(evidence.value):
-            self._judge(evidence.contexts, count, total)
         kept = self._memories.keep**evidence.steps
+        expected = self._memories.mean(self._predicted(evidence.contexts)[0])
+        window = self._questions.take_out(evidence, expected)
+        if len(evidence.value):
+            self._judge(evidence.contexts, window.count, window.total)
         self._table.decay(kept)
-        self._table.add(evidence.contexts, count, total)
-        self._squares = self._squares * kept + squares
-        self._freedom = self._freedom * kept + np.maximum(count - 1.0, 0.0).sum()
+        self._table.add(evidence.contexts, window.count, window.total)
+        self._squares = self._squares * kept + window.squares
+        self._freedom = self._freedom * kept + window.freedom
         for m in range(len(self._scales)):
             self._rescale(m)
         self._refit()
@@ -200,7 +205,7 @@ class HierarchicalPolicy:
         """Move model m's variances one step towards those that make its data likeliest (MacKay)."""
         if self._freedom[m] < 1.0:
             return
-        noise = max(self._squares[m] / self._freedom[m], _SMALLEST)
+        noise = max(float(self._squares[m] / self._freedom[m]), _LEAST_NOISE)
         features = self._features(self._table.contexts)
         count, total = self._data(m)
         fit = self._fit(m, features)
@@ -240,6 +245,7 @@ class HierarchicalPolicy:
             "memory": list(self._settings.memory),
             **self._table.state(),
             "weights": self._memories.weights,
+            "questions": self._questions.sums.copy(),
             "squares": self._squares,
             "freedom": self._freedom,
             "levels": np.stack([s.levels for s in self._scales]),
@@ -255,8 +261,9 @@ class HierarchicalPolicy:
         weights, squares, freedom, own, noise = (
             finite_array(state, name, (models,)) for name in ("weights", "squares", "freedom", "own", "noise")
         )
+        questions = finite_array(state, "questions", self._questions.sums.shape)
         levels = finite_array(state, "levels", (models, *_PRIOR.shape))
-        self._table = table
+        self._table, self._questions = table, QuestionEffects(questions)
         self._memories.weights, self._squares, self._freedom = weights, squares, freedom
         self._scales = [_Scales(*each) for each in zip(levels, own.tolist(), noise.tolist())]
         self._refit()

@@ -56,6 +56,6 @@ def check_same(state: Mapping[str, Any], part: str, expected: object, key: str) 
     """RouterStateError unless `state[part]` is what the configuration `key` makes it in this run."""
     if state.get(part) != expected:
         raise RouterStateError(
-            f"router state: {part}={state.get(part)!r} was saved, this run has {expected!r}; set {key} to the saved "
-            "one."
+            f"router state: {part}={state.get(part)!r} was saved, this run has {expected!r}; set {key} to what was "
+            "saved, or start a new run."
         )

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-LEVELS = 3
-"""Languages, groups, all: the first axis of `variances`."""
+_TILE = 64
+"""Rows."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ class TreePosterior:
     covariance: Array
     steps: Array
     knowledge: Array
+
+    def predict(self, features: Array) -> tuple[Array, Array]:
+        """Mean and variance of phi . w_l, float64 [C, L] each, for `features` [C, D].
+
+        A row's result is the same to the bit whatever rows come with it, as a resumed run asks in other company.
+        """
+        # Matrix products take the rows past the last full tile another way, which rounds differently.
+        padded = np.zeros((-(-len(features) // _TILE) * _TILE, features.shape[1]))
+        padded[: len(features)] = features
+        mean = (padded @ self.mean.T)[: len(features)]
+        variance = np.einsum("lcd,cd->cl", (padded @ self.covariance)[:, : len(features)], features)
+        return mean, variance
 
 
 @dataclass(frozen=True)

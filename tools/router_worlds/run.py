@@ -104,7 +104,8 @@ def play(world: World, policy: str, seed: int) -> Outcome:
     for step in range(world.size.steps):
         prompts, row, column = questions.draw(step)
         plan = router.route(prompts, ROLLOUTS, step)
-        values = truth(step)[row, column]
+        hardness = rewards.normal(0.0, world.difficulty, (len(prompts), 1)) if world.difficulty else 0.0
+        values = np.clip(truth(step)[row, column] + hardness, 0.0, 1.0)
         value = values[plan.group, plan.language]
         drawn = plan.origin == DRAWN
         uniform, best = values.mean(axis=1)[plan.group], values.max(axis=1)[plan.group]

@@ -9,6 +9,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_lrpo.router.typology import relatives
+
 Array = NDArray[np.float64]
 Truth = Callable[[int], Array]
 """Step -> float64 [T, G, L], probability of reward 1."""
@@ -32,7 +34,8 @@ class Size:
 @dataclass(frozen=True)
 class World:
     """truth: from a generator and the number of steps. skew: exponent of Zipf's law over topics, regions and question
-    languages, 0: all alike. subjects: 0, or the number of hidden subjects that thousands of topics belong to."""
+    languages, 0: all alike. subjects: 0, or the number of hidden subjects that thousands of topics belong to.
+    difficulty: standard deviation of what a question adds to the values of all languages."""
 
     name: str
     says: str
@@ -42,6 +45,7 @@ class World:
     topics: int = TOPICS
     regions: int = REGIONS
     subjects: int = 0
+    difficulty: float = 0.0
 
 
 def _best_of(best: NDArray[np.int64], gap: float = GAP) -> Array:
@@ -65,6 +69,20 @@ def _additive(rng: np.random.Generator, spread: float = SPREAD) -> Array:
     topic = rng.normal(0.0, spread, (TOPICS, 1, len(LANGUAGES)))
     region = rng.normal(0.0, spread, (1, REGIONS, len(LANGUAGES)))
     return np.clip(0.45 + topic + region, 0.02, 0.98)
+
+
+def _relatives(rng: np.random.Generator) -> Array:
+    """As additive, four fifths of every effect's variance in what relatives have in common."""
+    groups = np.array(relatives(LANGUAGES))
+    effects = []
+    for shape in ((TOPICS, 1), (1, REGIONS)):
+        common = rng.normal(0.0, SPREAD, (*shape, groups.max() + 1))[..., groups]
+        effects.append(0.8**0.5 * common + 0.2**0.5 * rng.normal(0.0, SPREAD, (*shape, len(LANGUAGES))))
+    return np.clip(0.45 + effects[0] + effects[1], 0.02, 0.98)
+
+
+def _small(rng: np.random.Generator) -> Array:
+    return _additive(rng, SPREAD / 3)
 
 
 def _constant(draw: Callable[[np.random.Generator], Array], rng: np.random.Generator, steps: int) -> Truth:
@@ -111,11 +129,13 @@ WORLDS = {
         World("sparse regional", "regional, 25 questions a step", partial(_constant, _regional), _SPARSE),
         World("sparse additive", "additive, 25 questions a step", partial(_constant, _additive), _SPARSE),
         World("sparse change", "change, 25 questions a step", _change, _SPARSE),
-        World("skewed", "cells; questions by Zipf's law", partial(_constant, _cells), skew=1.0),
+        World("relatives", "additive, related languages alike, 25 questions", partial(_constant, _relatives), _SPARSE),
+        World("skewed", "cells; topics, regions and languages by Zipf's law", partial(_constant, _cells), skew=1.0),
         World("delayed", "regional, an update every 20 steps", partial(_constant, _regional), Size(update_every=20)),
-        World("small gaps", "additive, a third as large", partial(_constant, partial(_additive, spread=SPREAD / 3))),
+        World("small gaps", "additive, effects a third as large", partial(_constant, _small)),
+        World("hard and easy", "cells; questions differ in difficulty", partial(_constant, _cells), difficulty=0.3),
         World("subjects", f"3,000 topics of {SUBJECTS} hidden subjects that only their words betray", _subjects,
-              topics=3000, regions=0, subjects=SUBJECTS),
+              Size(steps=100), topics=3000, regions=0, subjects=SUBJECTS),
     )
 }  # fmt: skip
 
