@@ -21,6 +21,8 @@ _TABLE = np.array(
 _SLOPE = np.diff(_TABLE)
 _EVEN_POINTS, _LEADING = 33, 4
 _NODES = np.array([-3.5, -2.4, -1.6, -0.9, -0.3, 0.3, 0.9, 1.6, 2.4, 3.5])
+_NARROWEST = 1e-9
+"""Deviations below this share of the row's largest count as this share."""
 _CHUNK = 1 << 21
 """Entries of [C, points, L] that are worked on at once: 16 MB an array."""
 
@@ -59,6 +61,10 @@ def probability_best(mean: Array, deviation: Array) -> Array:
 
 
 def _probability_best(mean: Array, deviation: Array) -> Array:
+    # Relative to the largest value and spread of the row: only their differences count, and neither may be so large
+    # or small that the grid's points coincide.
+    mean = mean - mean.max(axis=1, keepdims=True)
+    deviation = np.maximum(deviation, _NARROWEST * deviation.max(axis=1, keepdims=True))
     grid = _grid(mean, deviation)
     logs = log_cdf((grid[:, :, None] - mean[:, None, :]) / deviation[:, None, :])
     maximum = np.exp(logs.sum(axis=2))

@@ -77,10 +77,12 @@ class _Fit:
         mean, variance = self.effects.predict(features)
         # Given the other effects, the cell's own data pull f from their sum towards the cell's mean by `gain`.
         gain = own * count / (own * count + noise)
+        # Not 1 - gain, which rounds to zero where the noise is far below e.
+        kept = noise / (own * count + noise)
         away = gain * (total / np.maximum(count, _NOTHING) - self.centre - mean)
         return (
             self.centre + mean + away,
-            (1.0 - gain) ** 2 * variance + own * (1.0 - gain),
+            kept**2 * variance + own * kept,
             away,
             np.maximum(gain - gain**2 * variance / own, 0.0),
         )

@@ -45,7 +45,8 @@ class TreePosterior:
         padded[: len(features)] = features
         mean = (padded @ self.mean.T)[: len(features)]
         variance = np.einsum("lcd,cd->cl", (padded @ self.covariance)[:, : len(features)], features)
-        return mean, variance
+        # Rounding may leave the smallest ones below zero where effects differ in size by many orders.
+        return mean, np.maximum(variance, 0.0)
 
 
 @dataclass(frozen=True)
