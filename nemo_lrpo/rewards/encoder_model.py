@@ -16,6 +16,7 @@ from torch import nn
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.scoring import EncoderConfig
 from nemo_lrpo.rewards.encoding_queue import BatchRule, TokenisedText, Tokens
+from nemo_lrpo.rewards.packed_layers import pack_layers, prepare_shapes
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError, SafetensorError)
 
@@ -57,7 +58,7 @@ class EncoderModel:
             # Parameters alone: buffers hold the frequencies of positions, which bfloat16 would spoil.
             for parameter in first.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
-        packed = self.device.type == "cpu" and not bfloat16 and pack_linears(self.modules)
+        packed = self.device.type == "cpu" and not bfloat16 and pack_layers(self.modules)
         self.rule = _batch_rule(config, self.device.type, packed, _positions(first.auto_model))
         if packed:
             prepare_shapes(self.modules, self.rule)
@@ -172,47 +173,6 @@ class EncoderModel:
                     f"encoder.{role}_prompt and the special tokens; give more."
                 )
         return window
-
-
-class PackedLinear(nn.Module):
-    """A linear layer with its weight in oneDNN's own layout: the plain layer's weight is rearranged in every call."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        # Shape and type, for code that asks a layer for its weight's; it takes no memory.
-        self.weight = nn.Parameter(linear.weight.detach().to("meta"), requires_grad=False)
-        self.bias = linear.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As nn.Linear, float32 without gradients."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-
-
-def pack_linears(module: nn.Module) -> bool:
-    """Replace the linear layers inside `module` by packed ones; False, and nothing done, where PyTorch lacks oneDNN.
-    Rounding differs in the last bits."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, PackedLinear(child))
-        else:
-            pack_linears(child)
-    return True
-
-
-def prepare_shapes(module: nn.Module, rule: BatchRule) -> None:
-    """Run the packed layers inside `module` once with each number of rows that a batch may have.
-
-    oneDNN compiles a kernel for every number of rows and keeps it. Compiled as the numbers come, between tensors of all
-    sizes, the kernels tear the heap into pieces, and memory grows by hundreds of MB; the largest first, they do not.
-    """
-    layers = {(x.weight.shape, x.bias is None): x for x in module.modules() if isinstance(x, PackedLinear)}
-    with torch.inference_mode():
-        for rows in range(rule.tokens - rule.tokens % rule.grain, 0, -rule.grain):
-            for layer in layers.values():
-                layer(torch.zeros(rows, layer.weight.shape[1]))
 
 
 def _batch_rule(config: EncoderConfig, device: str, packed: bool, widest: int | None) -> BatchRule:

@@ -16,11 +16,13 @@ import pytest
 import torch
 from encoder_fixture import SENTENCES, SHAPES, build_tiny_encoder
 from sentence_transformers import SentenceTransformer, models
+from transformers import ModernBertConfig, ModernBertModel
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.scoring import EncoderConfig
 from nemo_lrpo.rewards.encoder import REFERENCE, RESPONSE, SentenceEncoder, encoder_identity
-from nemo_lrpo.rewards.encoder_model import EncoderModel, PackedLinear
+from nemo_lrpo.rewards.encoder_model import EncoderModel
+from nemo_lrpo.rewards.packed_layers import PackedLinear, PackedModernBertLayer, pack_layers
 from nemo_lrpo.types import ScoringAbandoned
 
 LONG = "Die Währung von Japan ist der Yen. 日本の通貨は円です。 " * 12
@@ -151,9 +153,9 @@ def test_every_shape_is_run_before_the_first_text(built: Built, monkeypatch: pyt
     seen: list[int] = []
     forward = PackedLinear.forward
 
-    def spy(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    def spy(layer: PackedLinear, x: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
         seen.append(x.numel() // x.shape[-1])
-        return forward(layer, x)
+        return forward(layer, x, *other)
 
     monkeypatch.setattr(PackedLinear, "forward", spy)
     encoder = SentenceEncoder(settings(built("mmbert"), batch_tokens=256))
@@ -240,15 +242,60 @@ def test_bfloat16_weights_pool_in_float32(built: Built, shape: str) -> None:
     assert 1e-7 < np.abs(rows @ rows.T - exact @ exact.T).max() < 2e-2
 
 
-def test_packed_layers_compute_what_plain_ones_do(built: Built) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_linear_layers_compute_what_plain_ones_do(bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    for bias in (True, False):
-        linear = torch.nn.Linear(48, 96, bias=bias)
-        x = torch.randn(3, 7, 48, generator=generator)
+    linear = torch.nn.Linear(48, 96, bias=bias)
+    x, other = torch.randn(3, 7, 48, generator=generator), torch.randn(3, 7, 96, generator=generator)
+    with torch.inference_mode():
+        plain = linear(x)
+        expected = {"none": plain, "gelu": torch.nn.functional.gelu(plain), "mul": plain * other, "add": plain + other}
+        for then, rows in expected.items():
+            packed = PackedLinear(linear.weight, linear.bias, then)
+            found = packed(x, other) if then in ("mul", "add") else packed(x)
+            assert found.numpy() == pytest.approx(rows.numpy(), abs=1e-5)
+
+
+def modernbert(**options: object) -> ModernBertModel:
+    """Global and local layers, 8 tokens to either side, of random weights far from 0, biases too."""
+    sizes = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 3, "pad_token_id": 0}
+    layers = {"num_hidden_layers": 4, "local_attention": 16, "reference_compile": False}
+    model = ModernBertModel(ModernBertConfig(**{**sizes, **layers, "attn_implementation": "sdpa", **options})).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weights in model.parameters():
+        weights.data.add_(torch.randn(weights.shape, generator=generator), alpha=0.2)
+    return model
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_packed_modernbert_computes_what_transformers_does(biases: bool) -> None:
+    model = modernbert(attention_bias=biases, mlp_bias=biases, norm_bias=biases)
+    batches = []
+    for width, lengths in ((40, (40, 23, 1)), (5, (5, 5)), (40, (40, 40, 40))):
+        mask = torch.tensor([[int(place < length) for place in range(width)] for length in lengths])
+        ids = torch.randint(1, 50, mask.shape, generator=torch.Generator().manual_seed(1)) * mask
+        batches.append((ids, mask))
+    with torch.inference_mode():
+        expected = [model(ids, attention_mask=mask).last_hidden_state[mask > 0] for ids, mask in batches]
+        pack_layers(model)
+        assert {type(layer) for layer in model.layers} == {PackedModernBertLayer}
+        for (ids, mask), rows in zip(batches, expected):
+            found = model(ids, attention_mask=mask).last_hidden_state[mask > 0]
+            assert found.numpy() == pytest.approx(rows.numpy(), abs=2e-5)
+
+
+def test_layers_that_cannot_be_packed_whole_are_packed_inside(built: Built) -> None:
+    """Another activation, attention that is not PyTorch's own, another architecture."""
+    others = [modernbert(hidden_activation="gelu_pytorch_tanh"), modernbert(attn_implementation="eager")]
+    ids = torch.arange(1, 41)[None]
+    for model in others:
         with torch.inference_mode():
-            assert PackedLinear(linear)(x).numpy() == pytest.approx(linear(x).numpy(), abs=1e-5)
-    kinds = {type(module) for part in EncoderModel(settings(built("mmbert"))).modules for module in part.modules()}
-    assert PackedLinear in kinds and torch.nn.Linear not in kinds
+            expected = model(ids).last_hidden_state
+            pack_layers(model)
+            assert model(ids).last_hidden_state.numpy() == pytest.approx(expected.numpy(), abs=2e-5)
+    for model in (*others, *EncoderModel(settings(built("e5"))).modules):
+        assert not any(isinstance(module, torch.nn.Linear | PackedModernBertLayer) for module in model.modules())
+    assert all(any(isinstance(module, PackedLinear) for module in model.modules()) for model in others)
 
 
 def test_the_identity_follows_what_changes_embeddings(built: Built, tmp_path: Path) -> None:
