@@ -90,6 +90,9 @@ class LanguageIdConfig:
     """The same for a text of a single word: that is often a name, or shared between languages."""
     max_chars: int = 20000
     """Only so many characters from the start of a response are read."""
+    sample: bool = True
+    """Judge a long text by windows of it, at places that its own hash gives, and read all of it only where they leave
+    doubt. false: read all of every text."""
     on_abstain: str = "fail"
     """Gate of a response whose language cannot be said. fail: r_lang = 0, as for a wrong language; pass: r_lang = 1;
     mask: no reward, the sample leaves the update and is counted. Empty responses have r_lang = 0 either way."""

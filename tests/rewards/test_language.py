@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -131,6 +132,14 @@ def test_abstains_where_there_is_nothing_to_judge(identifier: LanguageIdentifier
         ("Auf https://example.com/the/words steht es, oder frag admin@example.com danach.", "de"),
         ("请访问https://example.com/，那里有这个国家的全部资料。", "zh"),
         ("12 3 " * 300 + "Das sind alle Zahlen, die wir bis heute kennen." + "12 3 " * 300, "de"),
+        # A fence opens a line; within one it is decoration.
+        ("네~~~ 한국의 통화는 원입니다. 서울이 수도입니다.", "ko"),
+        ("好的~~~中国的首都是北京。", "zh"),
+        ("~~~\nprint('hello world, how are you')\n~~~\nDas ist der Rest des Textes.", "de"),
+        # Words after a sign of equality.
+        ("x = 5, weil die Summe aller Zahlen gleich zehn ist", "de"),
+        ("Antwort = Die Währung von Japan ist der Yen", "de"),
+        ("E = mc² ist die Formel dafür", "de"),
         # Varieties that share the written form of a language.
         ("اللغة دى بيتكلموها الناس فى مصر كل يوم", "ar"),
     ],
@@ -186,6 +195,9 @@ def test_accuracy_on_sentences_and_on_lists_of_names(identifier: LanguageIdentif
         ("1984年5月12日星期六", "zh"),
         ("東京都知事選挙のお知らせ", "ja"),
         ("他最喜欢的日本品牌是「カシオ」，每天都带着那块手表去公司上班，从来没有换过别的。", "zh"),
+        # What Chinese quotes is not its own.
+        ("日本的货币是円（えん），也就是日元。", "zh"),
+        ("“谢谢”用日语说是“ありがとう”。", "zh"),
         ("일본의 通貨는 엔이다", "ko"),
         ("The word 日本 is the name of Japan in Japanese and in Chinese.", "en"),
     ],
@@ -203,6 +215,36 @@ def test_a_long_text_is_judged_from_all_its_parts(identifier: LanguageIdentifier
     assert identifier.identify([long])[0].language == "de"
     # A start in another language is not taken for the whole.
     assert identifier.identify([english * 4 + long])[0].language == "de"
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_opening_and_closing_in_a_language_is_not_enough(sample: bool) -> None:
+    """Wherever the few sentences stand, a text is in the language of the many."""
+    identifier = LanguageIdentifier(LanguageIdConfig(sample=sample), LANGUAGES)
+    german, english = SENTENCES["de"] + " ", SENTENCES["en"] + " "
+    texts = [
+        f"{german}{english * 12}{german}",
+        f"{english * 6}{german * 2}{english * 6}",
+        f"{german * 2}{english * 12}",
+    ]
+    # Other texts of the same build have their windows elsewhere.
+    texts += [f"{german}{'Yes, ' * n}{english * 12}{german}" for n in range(20)]
+    assert {found.language for found in identifier.identify(texts)} == {"en"}
+
+
+def test_mixed_texts_are_judged_as_a_full_reading_judges_them(identifier: LanguageIdentifier) -> None:
+    whole = LanguageIdentifier(LanguageIdConfig(sample=False), LANGUAGES)
+    sentences = list(SENTENCES.values())
+    draw = random.Random(0)
+    texts = []
+    for _ in range(200):
+        few, many = draw.sample(sentences, 2)
+        parts = [few] * 3 + [many] * 12
+        draw.shuffle(parts)
+        texts.append(" ".join(parts))
+    pairs = list(zip(identifier.identify(texts), whole.identify(texts), strict=True))
+    # Measured: 0.97.
+    assert sum(ours.language == theirs.language for ours, theirs in pairs) >= 0.94 * len(pairs)
 
 
 def test_a_batch_equals_its_texts_one_by_one(identifier: LanguageIdentifier) -> None:

@@ -7,6 +7,10 @@ and a formula. The sides take turns; figures are medians over the rounds: of pro
 machine does not bend it, of wall time for `threads`, which needs two idle cores. `threads_cpu` is processor time of one
 process over that of the busier of two: what `threads` is on cores of their own. `threads_possible` is what two
 processes that share nothing, each with half of the texts, gain on this machine in the same rounds.
+
+The loop reads all of every text, LanguageIdentifier windows of it: `ratio_whole` is its rate when it reads all as well
+(language_id.sample=false), and `agreement_mixed` the share of texts whose sentences are in two languages, a third of
+them in one, for which both ways name the same language.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MEDIAN_CHARS, SPREAD = 400, 0.6
@@ -48,6 +52,18 @@ def answers(count: int, technical: float, seed: int = 0) -> list[tuple[str, bool
             parts[len(parts) // 2 : len(parts) // 2] = [MATH, CODE]
         made.append((" ".join(parts), extra))
     draw.shuffle(made)
+    return made
+
+
+def mixed(texts: Sequence[str], count: int, seed: int = 0) -> list[str]:
+    """`count` texts of twelve sentences, every third of them taken from another of `texts` than the rest."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        few, many = draw.sample(texts, 2)
+        parts = [draw.choice((few if n % 3 == 0 else many).split(". ")) for n in range(12)]
+        draw.shuffle(parts)
+        made.append(". ".join(parts))
     return made
 
 
@@ -90,6 +106,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     config = LanguageIdConfig(path=options.model)
     model = fasttext.load_model(options.model or str(bundled_lid_path()))
     alone = LanguageIdentifier(config, languages)
+    thorough = LanguageIdentifier(LanguageIdConfig(path=options.model, sample=False), languages)
     helped = HelpedIdentifier(LanguageIdConfig(path=options.model, threads=2), languages)
     made = answers(options.texts, options.technical)
     texts = [text for text, _ in made]
@@ -115,15 +132,23 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for _ in range(options.rounds):
             loop_s = seconds(time.thread_time, loop)
             ours_s = seconds(time.thread_time, lambda: alone.identify(texts))
+            whole_s = seconds(time.thread_time, lambda: thorough.identify(texts))
             one_s = seconds(time.perf_counter, lambda: alone.identify(texts))
             apart_s = seconds(time.perf_counter, apart)
             busy = time.thread_time()
             two_s = seconds(time.perf_counter, lambda: helped.identify(texts))
-            rounds.append((loop_s, ours_s, one_s, two_s, time.thread_time() - busy, apart_s))
+            rounds.append((loop_s, ours_s, one_s, two_s, time.thread_time() - busy, apart_s, whole_s))
         helper_s = (helper_clock() - helper_started) / options.rounds
     finally:
         helped.close()
-    loop_s, ours_s, one_s, two_s, here_s, apart_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+    loop_s, ours_s, one_s, two_s, here_s, apart_s, whole_s = (
+        statistics.median(column) for column in zip(*rounds, strict=True)
+    )
+    both = mixed(texts, 500)
+    same = sum(
+        ours == theirs
+        for ours, theirs in zip(*([one.language for one in side.identify(both)] for side in (alone, thorough)))
+    )
     yield {
         "bench": "lid",
         "texts": len(texts),
@@ -132,11 +157,13 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "loop_texts_per_s": round(len(texts) / loop_s),
         "texts_per_s": round(len(texts) / ours_s),
         "ratio": round(loop_s / ours_s, 3),
+        "ratio_whole": round(loop_s / whole_s, 3),
         "wall_texts_per_s_1": round(len(texts) / one_s),
         "wall_texts_per_s_2": round(len(texts) / two_s),
         "threads": round(one_s / two_s, 3),
         "threads_possible": round(one_s / apart_s, 3),
         "threads_cpu": round(ours_s / max(here_s, helper_s), 3),
+        "agreement_mixed": round(same / len(both), 4),
         "agreement": round(sum(ours == theirs for ours, theirs in plain) / len(plain), 4),
     }
 
