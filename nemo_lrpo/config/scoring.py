@@ -124,13 +124,17 @@ class CalibrationConfig:
     affine: per language, equivalent and mismatched texts each moved to their common mean; none: s' = s."""
     path: Optional[str] = None
     """Statistics of language pairs for this very encoder, as tools/calibrate.py writes them; not for method=none."""
-    shrinkage_k: float = 0.0
-    """k: a pair with n samples is corrected by n/(n+k) (mean), or takes n/(n+k) of its own distribution and the rest of
-    the pooled one (quantile). The released code has 0."""
+    shrinkage_k: float = 30.0
+    """k: a pair with n samples is corrected by n/(n+k) (mean, affine), or takes n/(n+k) of its own distribution and the
+    rest of the pooled one (quantile), so that a pair with few samples does not follow their chance. 0, as in the
+    released code: every pair by its own samples alone."""
     unknown_pair: str = "reference"
     """A pair without statistics. reference: as the average known pair of its kind (one language, or two), of all kinds
     where none of its kind is known; raw: s' = s, as released, which favours pairs whose mean lies above the common one;
     error: refused at the start unless every pair of `languages` has statistics. Counted in any case."""
+    anchor: bool = True
+    """quantile: bring the means of equivalent texts together too, by one exponent per pair. false, as published: only
+    the quantile, whose mean is lower where a pair's equivalents overlap with its mismatches."""
     bounds: str = "rescale"
     """How s' becomes r_qual in [0, 1] with mean and affine. rescale: one linear map for all pairs, wide enough for
     every s', so that the ranking is kept up to the top; clip: (s'+1)/2 with s' clipped to [-1, 1], as published."""

@@ -11,15 +11,13 @@ import regex
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.scoring import VerifierConfig
-from nemo_lrpo.rewards.verifier import ShouldStop, Verdict, never
+from nemo_lrpo.rewards.verifier import FLAG_UNREADABLE_REFERENCE, ShouldStop, Verdict, never
 from nemo_lrpo.types import ScoreRequest, ScoringAbandoned
 
 FLAG_NO_ANSWER = "no_answer"
 """The response states no answer that the verifier can read; its value is 0."""
 FLAG_AMBIGUOUS = "ambiguous"
 """The response states two different options as its answer; its value is 0."""
-FLAG_UNREADABLE_REFERENCE = "unreadable_reference"
-"""The reference is nothing that the verifier could compare with; there is no value."""
 
 PATTERN_TIMEOUT_S = 2.0
 """Of one pattern on one response, in processor time of the whole process, other threads included. A pattern that

@@ -7,19 +7,22 @@ lambda_n = n / (n + k):
 mean (paper, calibration section)
     s' = s - lambda_n (mu_pair - mu_ref), mu_ref the count-weighted mean of mu over all pairs.
 affine
-    s' = U + (s - u_ab) (U - V) / (u_ab - v_ab). For two languages u_ab = u + e_a + e_b, the count-weighted least
-    squares fit to mu, and v_ab likewise to nu: any two languages that were measured have a line, their pair measured or
-    not. Pairs of one language do not enter the fit (a text compared with itself says nothing of e_a); they keep their
-    own mu and nu. U and V are the count-weighted means of mu and nu over all pairs. (U - V) / (u_ab - v_ab) is at most
-    MAX_SLOPE; where that binds, equivalents still come to U.
+    s' = U + (s - u_ab) (U - V) / (u_ab - v_ab). For two languages u_ab = u + lambda_n e_a + lambda_n' e_b, the
+    count-weighted least squares fit of u + e_a + e_b to mu, n and n' the samples of the pairs that a and b are in, and
+    v_ab likewise to nu: any two languages that were measured have a line, their pair measured or not. Pairs of one
+    language do not enter the fit (a text compared with itself says nothing of e_a); they keep lambda_n of their own mu
+    and nu, and the rest of such pairs' mean. U and V are the count-weighted means of mu and nu over all pairs.
+    (U - V) / (u_ab - v_ab) is at most MAX_SLOPE; where that binds, equivalents still come to U.
 quantile
     s' = 2 F(s) - 1 with F = lambda_n F_pair + (1 - lambda_n) F_pooled; F_pair the distribution of equivalents,
     mismatches and hardest negatives in equal parts, F_pooled that of all pairs of its kind (one language, or two).
     Linear between the stored quantiles; a value that many samples share stands at the middle of its step, so that a
     text compared with itself is worth as much as the average equivalent. A share UNIFORM of a uniform distribution
-    keeps F strictly increasing where there is no sample.
+    keeps F strictly increasing where there is no sample. Where equivalents overlap with the rest, their mean of F is
+    lower than elsewhere; with anchor, F^g takes the place of F, g being the pair's (or kind's) exponent for which its
+    equivalents have the mean that those of all pairs have together.
 
-Pairs are unordered. How s' becomes r_qual in [0, 1]: quantile, F itself; mean and affine with bounds=rescale,
+Pairs are unordered. How s' becomes r_qual in [0, 1]: quantile, F itself (or F^g); mean and affine with bounds=rescale,
 
     r_qual = (s' - low) / (high - low), low and high the least and greatest s' of any pair, for s in [-1, 1],
 
@@ -29,6 +32,8 @@ and with bounds=clip, as published, (s' + 1) / 2 with s' clipped to [-1, 1].
 from __future__ import annotations
 
 import bisect
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -46,6 +51,8 @@ from nemo_lrpo.rewards.statistics import (
     read_statistics,
     weighted_mean,
 )
+
+log = logging.getLogger(__name__)
 
 MAX_SLOPE = 2.0
 """affine: at most this factor on a difference of cosines, however close a pair's equivalents and mismatches lie."""
@@ -132,7 +139,7 @@ def mean_calibration(
 
 
 def affine_calibration(
-    statistics: PairStatistics, unknown_pair: str = "reference", bounds: str = "rescale"
+    statistics: PairStatistics, shrinkage_k: float = 0.0, unknown_pair: str = "reference", bounds: str = "rescale"
 ) -> LinearCalibration:
     """The module's equation `affine`. Raises ConfigError where mismatches were not measured, or are as similar as
     equivalents."""
@@ -150,9 +157,14 @@ def affine_calibration(
         slope = (top - bottom) / max(upper - lower, (top - bottom) / MAX_SLOPE)
         return Line(top - slope * upper, slope)
 
-    ends = {pair: (equivalent[pair].mean, mismatch[pair].mean) for pair in equivalent.keys() & mismatch.keys()}
-    own = {pair: end for pair, end in ends.items() if pair[0] == pair[1]}
-    upper, lower = main_effects(equivalent), main_effects(mismatch)
+    ends = equivalent.keys() & mismatch.keys()
+    of_one = [pair for pair in ends if pair[0] == pair[1]]
+
+    def end(side: Mapping[Pair, Moments], pair: Pair) -> float:
+        return _shrunk(side[pair], weighted_mean(side[other] for other in of_one), shrinkage_k)
+
+    own = {pair: (end(equivalent, pair), end(mismatch, pair)) for pair in of_one}
+    upper, lower = main_effects(equivalent, shrinkage_k), main_effects(mismatch, shrinkage_k)
     languages = sorted(upper.effects.keys() & lower.effects.keys())
     across = {(a, b): (upper(a, b), lower(a, b)) for i, a in enumerate(languages) for b in languages[i + 1 :]}
 
@@ -162,8 +174,12 @@ def affine_calibration(
             return IDENTITY
         return line(*(weighted_mean(side[pair] for pair in known) for side in (equivalent, mismatch)))
 
-    lines = {pair: line(*end) for pair, end in {**own, **across}.items()}
+    lines = {pair: line(*both) for pair, both in {**own, **across}.items()}
     return LinearCalibration(lines, (of_kind(across), of_kind(own)), bounds)
+
+
+def _shrunk(sample: Moments, common: float, shrinkage_k: float) -> float:
+    return common + sample.count / (sample.count + shrinkage_k) * (sample.mean - common)
 
 
 @dataclass(frozen=True)
@@ -177,9 +193,10 @@ class MainEffects:
         return self.level + self.effects[a] + self.effects[b]
 
 
-def main_effects(samples: Mapping[Pair, Moments]) -> MainEffects:
+def main_effects(samples: Mapping[Pair, Moments], shrinkage_k: float = 0.0) -> MainEffects:
     """Count-weighted least squares of the means of pairs of two languages; of all best fits the one with the smallest
-    effects. Without such pairs no language has an effect."""
+    effects, each then shrunk by n / (n + shrinkage_k), n the samples of the language's pairs. Without such pairs no
+    language has an effect."""
     pairs = [pair for pair in samples if pair[0] != pair[1]]
     languages = sorted({language for pair in pairs for language in pair})
     if not pairs:
@@ -190,7 +207,8 @@ def main_effects(samples: Mapping[Pair, Moments]) -> MainEffects:
     # The level is not estimable beside the effects: it is taken off first.
     level = weighted_mean(samples[pair] for pair in pairs)
     effects = np.linalg.lstsq(design * weights[:, None], (means - level) * weights, rcond=None)[0]
-    return MainEffects(level, dict(zip(languages, effects.tolist(), strict=True)))
+    counts = (design * (weights**2)[:, None]).sum(axis=0)
+    return MainEffects(level, dict(zip(languages, (effects * counts / (counts + shrinkage_k)).tolist(), strict=True)))
 
 
 class Distribution:
@@ -212,12 +230,39 @@ class Distribution:
 class QuantileCalibration:
     """The module's equation `quantile`. `statistics` hold the quantiles of all their samples."""
 
-    def __init__(self, statistics: PairStatistics, shrinkage_k: float = 0.0, unknown_pair: str = "reference"):
+    def __init__(
+        self,
+        statistics: PairStatistics,
+        shrinkage_k: float = 0.0,
+        unknown_pair: str = "reference",
+        anchor: bool = False,
+    ):
         pairs = statistics.equivalent
         self._own = {pair: mixed_distribution(statistics.kinds(pair).values()) for pair in pairs}
         self._share = {pair: m.count / (m.count + shrinkage_k) for pair, m in pairs.items()}
         self._raw = unknown_pair == "raw"
         self._pooled = tuple(self._pool(statistics, same) for same in (False, True))
+        self._exponent: dict[Pair, float] = {}
+        self._exponents_of_kind = (1.0, 1.0)
+        if anchor:
+            self._anchor(pairs)
+
+    def _anchor(self, pairs: Mapping[Pair, Moments]) -> None:
+        """Exponents for which equivalents have one mean: float64 [Q] levels of each pair's own quantiles."""
+        levels = {pair: np.array([_unit(self._level(s, pair)) for s in m.quantiles]) for pair, m in pairs.items()}
+        counts = [m.count for m in pairs.values()]
+        common = float(np.average([_mean_of_quantiles(level) for level in levels.values()], weights=counts))
+        self._exponent = {pair: _exponent(level, common) for pair, level in levels.items()}
+        found = []
+        for same in (False, True):
+            kind = [pair for pair in pairs if (pair[0] == pair[1]) is same] or list(pairs)
+            found.append(float(np.average([self._exponent[p] for p in kind], weights=[pairs[p].count for p in kind])))
+        self._exponents_of_kind = (found[0], found[1])
+
+    def _level(self, similarity: float, pair: Pair) -> float:
+        """F of a pair that has statistics."""
+        own, share = self._own[pair](similarity), self._share[pair]
+        return own if share == 1.0 else share * own + (1.0 - share) * self._pooled[pair[0] == pair[1]](similarity)
 
     def _pool(self, statistics: PairStatistics, same: bool) -> Distribution:
         kind = [pair for pair in self._own if (pair[0] == pair[1]) is same] or list(self._own)
@@ -231,15 +276,36 @@ class QuantileCalibration:
     def apply(self, similarity: float, reference_language: str, response_language: str) -> Calibrated:
         """See Calibration."""
         pair = language_pair(reference_language, response_language)
-        pooled = self._pooled[pair[0] == pair[1]]
-        own = self._own.get(pair)
-        if own is None:
-            quality = (similarity + 1.0) / 2.0 if self._raw else pooled(similarity)
+        known = pair in self._own
+        if known:
+            quality = _unit(self._level(similarity, pair)) ** self._exponent.get(pair, 1.0)
+        elif self._raw:
+            quality = _unit((similarity + 1.0) / 2.0)
         else:
-            share = self._share[pair]
-            quality = own(similarity) if share == 1.0 else share * own(similarity) + (1 - share) * pooled(similarity)
-        quality = _unit(quality)
-        return Calibrated(2.0 * quality - 1.0, quality, own is not None)
+            same = pair[0] == pair[1]
+            quality = _unit(self._pooled[same](similarity)) ** self._exponents_of_kind[same]
+        return Calibrated(2.0 * quality - 1.0, quality, known)
+
+
+_LARGEST_EXPONENT = 16.0
+
+
+def _mean_of_quantiles(values: NDArray[np.float64]) -> float:
+    """Of a distribution with `values` at evenly spaced levels, linear between them."""
+    return float(values.mean()) if len(values) < 2 else float(((values[1:] + values[:-1]) / 2.0).mean())
+
+
+def _exponent(levels: NDArray[np.float64], mean: float) -> float:
+    """g with mean(levels^g) = `mean`, by bisection of log g; at most _LARGEST_EXPONENT either way."""
+    low, high = -math.log(_LARGEST_EXPONENT), math.log(_LARGEST_EXPONENT)
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        # Levels are at most 1, so the mean falls as the exponent grows.
+        if _mean_of_quantiles(levels ** math.exp(middle)) > mean:
+            low = middle
+        else:
+            high = middle
+    return math.exp((low + high) / 2.0)
 
 
 def mixed_distribution(samples: Iterable[Moments]) -> Distribution:
@@ -270,18 +336,23 @@ def calibration_from(config: CalibrationConfig, statistics: PairStatistics) -> C
     if config.method == "mean":
         return mean_calibration(statistics, config.shrinkage_k, config.unknown_pair, config.bounds)
     if config.method == "affine":
-        return affine_calibration(statistics, config.unknown_pair, config.bounds)
+        return affine_calibration(statistics, config.shrinkage_k, config.unknown_pair, config.bounds)
     bare = [pair for pair in statistics.equivalent if not all(m.quantiles for m in statistics.kinds(pair).values())]
     if bare:
         raise ConfigError(f"method=quantile needs quantiles, and the statistics hold none of {'-'.join(min(bare))}.")
-    return QuantileCalibration(statistics, config.shrinkage_k, config.unknown_pair)
+    return QuantileCalibration(statistics, config.shrinkage_k, config.unknown_pair, config.anchor)
+
+
+def _languages(statistics: PairStatistics) -> list[str]:
+    return sorted({language for pair in statistics.equivalent for language in pair})
 
 
 def build_calibration(config: CalibrationConfig, encoder: str, languages: Sequence[str]) -> Calibration:
     """The calibration that `config` asks for, of the encoder with identity `encoder`.
 
-    Raises ConfigError for statistics of another encoder, for those that lack what the method needs and, with
-    unknown_pair=error, for pairs of `languages` without statistics.
+    Raises ConfigError for statistics of another encoder, for those that lack what the method needs, for those of other
+    languages altogether and, with unknown_pair=error, for pairs of `languages` without statistics; warns of the latter
+    otherwise.
     """
     config.check("calibration")
     if config.method == "none":
@@ -299,13 +370,25 @@ def build_calibration(config: CalibrationConfig, encoder: str, languages: Sequen
             f"calibration.path={config.path!r}: {error} Measure it again with tools/calibrate.py, or choose "
             "calibration.method=mean."
         ) from error
-    if config.unknown_pair == "error":
-        missing = [
-            f"{a}-{b}" for a in languages for b in languages if a <= b and not calibration.apply(0.0, a, b).known
-        ]
-        if missing:
-            raise ConfigError(
-                f"calibration.path={config.path!r} has no statistics for {', '.join(missing)}, and "
+    pairs = [(a, b) for a in languages for b in languages if a <= b]
+    missing = [f"{a}-{b}" for a, b in pairs if not calibration.apply(0.0, a, b).known]
+    if missing and (config.unknown_pair == "error" or len(missing) == len(pairs)):
+        raise ConfigError(
+            f"calibration.path={config.path!r} has no statistics for {', '.join(missing)}, and "
+            + (
                 "calibration.unknown_pair=error asks for all; measure them, or choose reference or raw."
+                if config.unknown_pair == "error"
+                else f"so for none of `languages`; it has {', '.join(_languages(statistics))}."
             )
+        )
+    if missing:
+        log.warning(
+            "calibration.path=%s has no statistics for %d of %d pairs of `languages`, which are treated by "
+            "calibration.unknown_pair=%s: %s",
+            config.path,
+            len(missing),
+            len(pairs),
+            config.unknown_pair,
+            ", ".join(missing),
+        )
     return calibration

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.scoring import EncoderConfig
+from nemo_lrpo.rewards.encoder_files import refuse_code
 from nemo_lrpo.rewards.encoding_queue import BatchRule, TokenisedText, Tokens
 from nemo_lrpo.rewards.packed_layers import pack_layers, prepare_shapes
 
@@ -182,6 +184,8 @@ def _batch_rule(config: EncoderConfig, device: str, packed: bool, widest: int | 
 
 
 def _load(config: EncoderConfig, device: torch.device, bfloat16: bool) -> SentenceTransformer:
+    refuse_code("encoder.path", Path(str(config.path)))
+
     def load(**model_options: str) -> SentenceTransformer:
         return SentenceTransformer(
             str(config.path),

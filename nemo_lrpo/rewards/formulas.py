@@ -21,13 +21,20 @@ DIFFERENT = "different"
 UNREADABLE = "unreadable"
 """The reference is no formula."""
 LIMIT = "limit"
-"""The comparison exceeded the time or memory that it may take."""
+"""The comparison exceeded the processor time that it may take."""
+LOST = "lost"
+"""The process ended or stood still for another reason, so that nothing is known."""
 
 TIME_LIMIT_S = 2.0
-"""Of one comparison; most take some 10 ms."""
+"""Processor time of one comparison, so that a busy machine does not decide; most take some 10 ms."""
+_WALL_LIMIT_S = 60.0
 _START_LIMIT_S = 120.0
 _MEMORY_LIMIT = 1 << 30
 _CACHE_SIZE = 4096
+
+
+class _Lost(Exception):
+    """LOST; raised, so that it is not remembered."""
 
 
 class FormulaComparer:
@@ -43,9 +50,13 @@ class FormulaComparer:
         self._remembered = functools.lru_cache(_CACHE_SIZE)(self._ask)
 
     def compare(self, reference: str, answer: str, tolerance: float) -> str:
-        """EQUAL, DIFFERENT, UNREADABLE or LIMIT, of two formulas in LaTeX or plain notation. Their numerical values
-        may differ by `tolerance`, relative to the reference's. Raises RuntimeError if the process cannot start."""
-        return self._remembered(reference, answer, tolerance)
+        """EQUAL, DIFFERENT, UNREADABLE, LIMIT or LOST, of two formulas in LaTeX or plain notation. Their
+        numerical values may differ by `tolerance`, relative to the reference's. Raises RuntimeError if the process
+        cannot start."""
+        try:
+            return self._remembered(reference, answer, tolerance)
+        except _Lost:
+            return LOST
 
     def _ask(self, reference: str, answer: str, tolerance: float) -> str:
         question = {"reference": reference, "answer": answer, "tolerance": tolerance, "limit_s": self._time_limit_s}
@@ -58,8 +69,10 @@ class FormulaComparer:
             except OSError:
                 reply = ""
             if not reply:
-                self._end()
-                return LIMIT
+                # Its output is closed, so its end is near.
+                if self._end(grace_s=1.0) == -signal.SIGPROF:
+                    return LIMIT
+                raise _Lost
         return json.loads(reply)
 
     def _started(self) -> subprocess.Popen[str]:
@@ -90,11 +103,17 @@ class FormulaComparer:
         with self._lock:
             self._end()
 
-    def _end(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
-            self._child = None
+    def _end(self, grace_s: float = 0.0) -> int | None:
+        """The process's exit status, negative for the signal that ended it; None where there was none."""
+        if self._child is None:
+            return None
+        child, self._child = self._child, None
+        try:
+            child.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        child.communicate()
+        return child.returncode
 
 
 def _serve() -> None:
@@ -103,8 +122,9 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="ascii")
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
-    # The default action of this signal ends the process, whatever it is doing.
+    # The default action of these signals ends the process, whatever it is doing.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _START_LIMIT_S)
     logging.disable(logging.CRITICAL)
     import math_verify  # noqa: F401
@@ -112,8 +132,10 @@ def _serve() -> None:
     print(json.dumps("ready"), file=answers)
     for line in sys.stdin:
         question = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, question.pop("limit_s"))
+        signal.setitimer(signal.ITIMER_PROF, question.pop("limit_s"))
+        signal.setitimer(signal.ITIMER_REAL, _WALL_LIMIT_S)
         found = _compare(**question)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         print(json.dumps(found), file=answers)
 

@@ -75,7 +75,11 @@ REMINDER = "\nYour reply must be exactly one letter: A, B, C or D."
 
 
 class JudgeRefused(RuntimeError):
-    """The endpoint refuses requests like ours (HTTP 3xx or 4xx): trying again would not help."""
+    """The endpoint refuses all requests like ours (a redirect, HTTP 401, 403 or 404): trying again would not help."""
+
+
+class _CaseRefused(Exception):
+    """The endpoint refuses this request, for example because it is longer than the model's window (other HTTP 4xx)."""
 
 
 class _TryAgain(Exception):
@@ -222,7 +226,8 @@ class JudgeVerifier:
             for future in waiting:
                 future.cancel()
             # An abandoned call will be repeated, and goes on where it stopped.
-            self._remember(grades)
+            # In the order of the cases, not of the replies: what is dropped next must not depend on the network.
+            self._remember({case: grades[case] for case in cases if case in grades})
         if causes:
             log.warning("No grade from judge.url=%s for some of %d answers: %s", self._url, len(cases), dict(causes))
         return grades
@@ -241,7 +246,7 @@ class JudgeVerifier:
                 why = "the reply is no grade"
             except asyncio.TimeoutError:
                 grade, why = None, f"no grade within judge.timeout_s={self._config.timeout_s}"
-            except _TryAgain as error:
+            except (_TryAgain, _CaseRefused) as error:
                 grade, why = None, str(error)
         self._count(f"judge_grades/{GRADES[grade]}" if grade else "judge_failures")
         return grade, why
@@ -289,14 +294,16 @@ class JudgeVerifier:
             return ""
         return content if isinstance(content, str) else ""
 
-    def _refusal(self, status: int, body: bytes) -> JudgeRefused:
-        key = {401: "judge.api_key_env", 403: "judge.api_key_env", 404: "judge.url or judge.model"}.get(status)
+    def _refusal(self, status: int, body: bytes) -> JudgeRefused | _CaseRefused:
         said = body[:300].decode("utf-8", "replace")
         if self._key:
             said = said.replace(self._key, "***")
+        key = {401: "judge.api_key_env", 403: "judge.api_key_env", 404: "judge.url or judge.model"}.get(status)
+        if key is None and status >= 400:
+            return _CaseRefused(f"HTTP {status}, see judge.max_chars and judge.max_tokens: {said}")
         return JudgeRefused(
             f"the judge at {self._url} refused a grade by model {self._config.model!r} with HTTP {status}; see "
-            f"{key or ('judge.url' if status < 400 else 'judge.model and judge.max_tokens')}. It says: {said}"
+            f"{key or 'judge.url'}. It says: {said}"
         )
 
     def _count(self, name: str) -> None:

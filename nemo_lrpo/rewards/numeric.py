@@ -15,18 +15,19 @@ from nemo_lrpo.rewards import formulas
 from nemo_lrpo.rewards.answers import (
     ANSWER_WORDS,
     FLAG_NO_ANSWER,
-    FLAG_UNREADABLE_REFERENCE,
     LINKS,
     OPENING,
     AnswerVerifier,
     boxed,
     clean,
 )
-from nemo_lrpo.rewards.verifier import Verdict
+from nemo_lrpo.rewards.verifier import FLAG_UNREADABLE_REFERENCE, Verdict
 from nemo_lrpo.types import ScoreRequest
 
 FLAG_FORMULA_LIMIT = "formula_limit"
-"""The answer's formula could not be compared within the time and memory allowed; its value is 0."""
+"""The answer's formula could not be compared within the processor time allowed; its value is 0."""
+FLAG_FORMULA_LOST = "formula_lost"
+"""The comparison was lost, by no fault of the answer; there is no value."""
 
 MAX_ANSWER = 200
 """Characters; what is longer is not read as a number or formula. An answer is short."""
@@ -105,6 +106,8 @@ class NumericVerifier(AnswerVerifier):
             return Verdict(None, flags=(FLAG_UNREADABLE_REFERENCE,))
         if found == formulas.LIMIT:
             return Verdict(0.0, flags=(FLAG_FORMULA_LIMIT,))
+        if found == formulas.LOST:
+            return Verdict(None, flags=(FLAG_FORMULA_LOST,))
         return Verdict(float(found == formulas.EQUAL))
 
 

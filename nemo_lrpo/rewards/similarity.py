@@ -16,7 +16,7 @@ from nemo_lrpo.config.scoring import EncoderConfig, ScorerConfig
 from nemo_lrpo.rewards.calibration import build_calibration
 from nemo_lrpo.rewards.encoder import REFERENCE, RESPONSE, SentenceEncoder
 from nemo_lrpo.rewards.statistics import file_hash
-from nemo_lrpo.rewards.verifier import ShouldStop, Verdict, never
+from nemo_lrpo.rewards.verifier import FLAG_UNREADABLE_REFERENCE, ShouldStop, Verdict, never
 from nemo_lrpo.types import FLAG_CHUNKED, FLAG_TRUNCATED, FLAG_UNKNOWN_PAIR, ScoreRequest
 
 
@@ -149,6 +149,9 @@ class SimilarityVerifier:
         found = self._similarity.compare([r.response for r in requests], [r.reference for r in requests], should_stop)
         verdicts = []
         for i, (request, language, similarity) in enumerate(zip(requests, languages, found.cosines.tolist())):
+            if not request.reference.strip():
+                verdicts.append(Verdict(None, flags=(FLAG_UNREADABLE_REFERENCE,)))
+                continue
             if math.isnan(similarity):
                 verdicts.append(Verdict(None))
                 continue
@@ -174,6 +177,7 @@ class SimilarityVerifier:
                 "statistics": file_hash(str(self._config.path)),
                 "shrinkage_k": self._config.shrinkage_k,
                 "unknown_pair": self._config.unknown_pair,
+                "anchor": self._config.anchor,
                 "bounds": self._config.bounds,
             }
         return {"encoder": self._similarity.encoder.identity, "calibration": calibration}

@@ -11,6 +11,9 @@ from nemo_lrpo.types import ScoreRequest
 ShouldStop = Callable[[], bool]
 """Asked between pieces of work; True: nobody waits for the result, raise ScoringAbandoned."""
 
+FLAG_UNREADABLE_REFERENCE = "unreadable_reference"
+"""The reference is nothing that the verifier could compare with; there is no value."""
+
 
 def never() -> bool:
     """A ShouldStop for work that is always wanted."""

@@ -166,7 +166,7 @@ def test_on_unseen_facts_the_calibrated_reward_is_the_same_in_every_language(tmp
     assert found["none"].parity > 0.3
     assert found["mean"].parity <= 0.1
     assert found["affine"].parity <= 0.1
-    assert found["quantile"].parity < 0.6 * found["none"].parity
+    assert found["quantile"].parity <= 0.1
     # Of all pairs of languages, and for every method.
     assert [fair.reordered for fair in found.values()] == [0, 0, 0, 0]
 

@@ -318,6 +318,42 @@ def test_the_mean_leaves_the_ranking_within_a_pair(similarities: list[float], a:
     assert ranks.tolist() == after.tolist()
 
 
+def test_anchored_quantiles_bring_the_means_of_equivalents_together() -> None:
+    """One pair's equivalents lie among its hardest negatives, the other's far above."""
+    points = np.linspace(0.0, 1.0, 33)
+    statistics = PairStatistics(
+        "",
+        {
+            ("de", "en"): Moments(100, 0.6, 0.1, tuple(0.4 + 0.4 * points)),
+            ("de", "fr"): Moments(300, 0.9, 0.1, tuple(0.8 + 0.2 * points)),
+        },
+        {pair: Moments(100, 0.2, 0.1, tuple(0.4 * points)) for pair in (("de", "en"), ("de", "fr"))},
+        {pair: Moments(100, 0.5, 0.1, tuple(0.3 + 0.4 * points)) for pair in (("de", "en"), ("de", "fr"))},
+    )
+    means = {}
+    for anchor in (False, True):
+        calibration = QuantileCalibration(statistics, 0.0, anchor=anchor)
+        means[anchor] = [
+            np.mean([calibration.apply(s, *pair).quality for s in np.linspace(low, high, 2001)])
+            for pair, low, high in ((("de", "en"), 0.4, 0.8), (("de", "fr"), 0.8, 1.0))
+        ]
+        for pair in (("de", "en"), ("de", "fr"), ("en", "fr")):
+            qualities = [calibration.apply(s, *pair).quality for s in np.linspace(-1.0, 1.0, 101)]
+            assert qualities[0] == 0.0 and qualities[-1] == 1.0 and (np.diff(qualities) > 0.0).all()
+    apart, together = means[False], means[True]
+    assert apart[1] - apart[0] > 0.05
+    assert together == pytest.approx([0.25 * apart[0] + 0.75 * apart[1]] * 2, abs=2e-3)
+
+
+def test_affine_lines_shrink_to_the_common_one() -> None:
+    own, half, pooled, other = (
+        affine_calibration(DRAWN, k).apply(0.7, *pair).value
+        for k, pair in ((0.0, ("de", "en")), (200.0, ("de", "en")), (1e12, ("de", "en")), (1e12, ("en", "fr")))
+    )
+    assert pooled == pytest.approx(other, abs=1e-6) and abs(own - pooled) > 0.01
+    assert min(own, pooled) < half < max(own, pooled)
+
+
 @pytest.mark.parametrize("build", [mean_calibration, QuantileCalibration])
 def test_the_limits_of_shrinkage(build: Callable[[PairStatistics, float], Calibration]) -> None:
     pair = ("de", "en")
@@ -384,10 +420,10 @@ def test_files_of_the_first_version_are_read_and_have_no_quantiles(tmp_path: Pat
         build_calibration(CalibrationConfig(path=str(path), method="quantile"), "sha256:one", ["de"])
 
 
-def test_building_refuses_what_does_not_fit(tmp_path: Path) -> None:
+def test_building_refuses_what_does_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "statistics.json"
     write_statistics(path, BY_HAND)
-    config = CalibrationConfig(path=str(path))
+    config = CalibrationConfig(path=str(path), shrinkage_k=0.0)
     built = build_calibration(config, "sha256:one", ["de", "en", "fr"])
     assert built.apply(0.5, "de", "en").value == pytest.approx(0.48)
     with pytest.raises(ConfigError, match=r"encoder sha256:one, this one is sha256:two"):
@@ -399,6 +435,13 @@ def test_building_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no statistics for en-en,"):
         build_calibration(config, "sha256:one", ["en", "de"])
     build_calibration(config, "sha256:one", ["de"])
+    config.unknown_pair = "reference"
+    with pytest.raises(ConfigError, match="so for none of `languages`; it has de, en, fr"):
+        build_calibration(config, "sha256:one", ["German", "English"])
+    with caplog.at_level("WARNING"):
+        build_calibration(config, "sha256:one", ["en", "de"])
+    assert "1 of 3 pairs" in caplog.text and caplog.text.rstrip().endswith("en-en")
+    config.unknown_pair = "error"
     config.method = "affine"
     with pytest.raises(ConfigError, match="no statistics for en-en, fr-fr, and"):
         build_calibration(config, "sha256:one", ["de", "en", "fr"])

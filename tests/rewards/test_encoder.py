@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -356,8 +358,32 @@ def test_encoders_that_cannot_be_used_are_refused(built: Built, tmp_path: Path) 
         SentenceEncoder(settings(tmp_path / "not_finite"))
     words = models.StaticEmbedding(model.tokenizer.backend_tokenizer, embedding_dim=8)
     SentenceTransformer(modules=[words], device="cpu").save(str(tmp_path / "static"), create_model_card=False)
-    with pytest.raises(ConfigError, match="its first module is StaticEmbedding; accepted: Transformer"):
+    with pytest.raises(
+        ConfigError, match="asks for the module .sentence_transformers.models.StaticEmbedding.; accepted: "
+    ):
         SentenceEncoder(settings(tmp_path / "static"))
+
+
+def test_a_model_s_directory_runs_no_code(built: Built, tmp_path: Path) -> None:
+    def planted(name: str, change: Callable[[Any], None], file: str) -> Path:
+        path = shutil.copytree(built("labse"), tmp_path / name)
+        (path / "evil.py").write_text("raise SystemExit('its own code ran')")
+        [found] = path.glob(file)
+        content = json.loads(found.read_text())
+        change(content)
+        found.write_text(json.dumps(content))
+        return path
+
+    module = planted("module", lambda modules: modules[1].update(type="evil.Evil"), "modules.json")
+    with pytest.raises(ConfigError, match=r"modules\.json asks for the module 'evil\.Evil'"):
+        SentenceEncoder(settings(module))
+    activation = planted(
+        "activation", lambda dense: dense.update(activation_function="os.abort"), "*_Dense/config.json"
+    )
+    with pytest.raises(ConfigError, match=r"config\.json asks for 'os\.abort'; accepted: classes of torch\.nn"):
+        SentenceEncoder(settings(activation))
+    harmless = planted("harmless", lambda modules: None, "modules.json")
+    SentenceEncoder(settings(harmless)).close()
 
 
 def test_positions_limit_a_window_that_the_model_s_files_overstate(built: Built, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_retry_after_is_respected_within_the_deadline_and_not_waited_for_beyond_
 
 
 @pytest.mark.parametrize(
-    ("status", "key"), [(400, "judge.model"), (401, "judge.api_key_env"), (404, "judge.url"), (302, "judge.url")]
+    ("status", "key"), [(403, "judge.api_key_env"), (401, "judge.api_key_env"), (404, "judge.url"), (302, "judge.url")]
 )
 def test_refusals_fail_at_once_and_name_what_to_change(
     endpoint: Endpoint, judge: Callable, monkeypatch: pytest.MonkeyPatch, status: int, key: str
@@ -298,6 +298,19 @@ def test_refusals_fail_at_once_and_name_what_to_change(
     assert all(part in message for part in (f"127.0.0.1:{endpoint.port}", "'judge-model'", f"HTTP {status}", key))
     assert "no such thing" in message and KEY not in message
     assert len(endpoint.prompts) < 20
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_case_that_is_refused_costs_its_own_grade(
+    endpoint: Endpoint, judge: Callable, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    """An answer beyond the model's window, for example."""
+    endpoint.behave = lambda handler, prompt: (
+        handler.body(b"too long", status) if "endless" in prompt else handler.grade("A")
+    )
+    verdicts = ask(judge(), case("endless"), case("Der Yen."))
+    assert verdicts == [(None, ("unjudged",)), (1.0, ())]
+    assert f"HTTP {status}" in caplog.text and "judge.max_chars" in caplog.text
 
 
 def drip(handler: Handler, head: bytes) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from nemo_lrpo.config.scoring import VerifierConfig
 from nemo_lrpo.rewards import formulas
-from nemo_lrpo.rewards.formulas import DIFFERENT, EQUAL, LIMIT, FormulaComparer
+from nemo_lrpo.rewards.formulas import DIFFERENT, EQUAL, LOST, FormulaComparer
 from nemo_lrpo.rewards.numeric import NumericVerifier
 from nemo_lrpo.types import ScoreRequest
 
@@ -275,9 +275,23 @@ def test_a_killed_process_costs_one_comparison() -> None:
     [child] = children() - before
     os.kill(child, signal.SIGSTOP)
     threading.Timer(0.2, os.kill, (child, signal.SIGKILL)).start()
-    assert comparer.compare("18", "9+8", 0.0) == LIMIT
+    assert comparer.compare("18", "9+8", 0.0) == LOST
     assert comparer.compare("18", "8+10", 0.0) == EQUAL
+    # Nothing was learned of it, so nothing is remembered.
+    assert comparer.compare("18", "9+8", 0.0) == DIFFERENT
     comparer.close()
+    comparer.close()
+
+
+def test_a_busy_machine_does_not_make_an_answer_wrong() -> None:
+    """The limit counts the processor time of the comparison: a process that waits does not exceed it."""
+    before = children()
+    comparer = FormulaComparer(time_limit_s=0.5)
+    comparer.compare("18", "9+9", 0.0)
+    [child] = children() - before
+    os.kill(child, signal.SIGSTOP)
+    threading.Timer(1.0, os.kill, (child, signal.SIGCONT)).start()
+    assert comparer.compare("18", "10+8", 0.0) == EQUAL
     comparer.close()
 
 

@@ -163,6 +163,14 @@ def test_the_verifier_says_similarity_and_flags(config: EncoderConfig) -> None:
         judge.verify([request(ENGLISH)], ["fr"])
 
 
+@pytest.mark.parametrize("reference", ["", " \n\u3000"])
+def test_a_reference_that_says_nothing_earns_nothing_and_costs_nothing(config: EncoderConfig, reference: str) -> None:
+    judge = verifier(config)
+    [nothing] = judge.verify([request(FRENCH, reference)], ["fr"])
+    assert nothing.value is None and nothing.flags == ("unreadable_reference",)
+    judge.close()
+
+
 class HalfKnown:
     """A calibration that knows French only."""
 

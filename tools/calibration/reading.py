@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from nemo_lrpo.config.checks import ConfigError
+from nemo_lrpo.data.languages import language_code
 from nemo_lrpo.seeding import derive_seed
 
 Facts = dict[str, dict[str, list[str]]]
@@ -62,12 +63,20 @@ def _texts(row: Mapping[str, Any], number: int, languages: Sequence[str], at: st
             if text is not None and not isinstance(text, str):
                 raise ConfigError(f"{at}: {language}={text!r}; expected text, or nothing.")
             if text and text.strip():
-                yield ParallelText(number, str(fact), language, text, split)
+                yield ParallelText(number, str(fact), _code(language, at), text, split)
         return
     for name in ("language", "text"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ConfigError(f"{at}: {name}={row.get(name)!r}; expected text.")
-    yield ParallelText(number, str(fact), row["language"], row["text"], split)
+    yield ParallelText(number, str(fact), _code(row["language"], at), row["text"], split)
+
+
+def _code(name: str, at: str) -> str:
+    """The code of a language that is named by code or in English, as in training data."""
+    code = language_code(name) or name
+    if not _LANGUAGE.fullmatch(code):
+        raise ConfigError(f"{at}: language={name!r} is not known; expected an ISO 639-1 code or an English name.")
+    return code
 
 
 def _language_columns(names: Sequence[str], path: Path) -> list[str]:
@@ -76,7 +85,7 @@ def _language_columns(names: Sequence[str], path: Path) -> list[str]:
         return []
     columns = [name for name in names if name not in (*_IDS, "split")]
     for name in columns:
-        if not _LANGUAGE.fullmatch(name):
+        if not _LANGUAGE.fullmatch(language_code(name) or name):
             raise ConfigError(
                 f"--data {path}: the column {name!r} is no language code; expected fact_id, language and text (and "
                 "split), or fact_id and a column per language."
