@@ -26,6 +26,8 @@ from nemo_lrpo.rewards.language import Identification, LanguageIdentifier
 
 SMALLEST_SHARE = 16
 """Texts; a batch without so many for each of two processes is identified in this one, about a millisecond of work."""
+STALL_LIMIT_S = 20.0
+"""A helper that has not answered by then is killed; a batch takes milliseconds."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -59,8 +61,11 @@ class HelpedIdentifier(LanguageIdentifier):
     ) -> list[Identification]:
         if len(texts) < 2 * SMALLEST_SHARE or not self._lock.acquire(blocking=False):
             return here(texts)
+        helpers = self._helpers[: len(texts) // SMALLEST_SHARE - 1]
+        # A helper that has stopped would block its pipe: killed, it ends, and its share is judged here.
+        watch = threading.Timer(STALL_LIMIT_S, lambda: [helper.kill() for helper in helpers])
+        watch.start()
         try:
-            helpers = self._helpers[: len(texts) // SMALLEST_SHARE - 1]
             count = 1 + len(helpers)
             # Every count-th text and not a stretch: neighbours are often of like length.
             shares = [texts[start::count] for start in range(count)]
@@ -75,6 +80,7 @@ class HelpedIdentifier(LanguageIdentifier):
                 found.append(here(share) if answer is None else answer)
             return [found[i % count][i // count] for i in range(len(texts))]
         finally:
+            watch.cancel()
             self._lock.release()
 
 
@@ -107,6 +113,9 @@ class _Helper:
             if number == self._number:
                 return [Identification(language, confidence) for language, confidence in found]
         return None
+
+    def kill(self) -> None:
+        self._process.kill()
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.scoring import LanguageIdConfig, ScorerConfig
+from nemo_lrpo.rewards import language_helpers
 from nemo_lrpo.rewards.language import (
     SAMPLE_CHARS,
     LanguageIdentifier,
@@ -386,6 +387,20 @@ def test_a_killed_helper_is_done_without(identifier: LanguageIdentifier) -> None
         helpers_of(psutil.Process())[0].kill()
         for _ in range(3):
             assert helped.identify(texts) == identifier.identify(texts)
+    finally:
+        helped.close()
+
+
+def test_a_stopped_helper_is_not_waited_for(identifier: LanguageIdentifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_helpers, "STALL_LIMIT_S", 0.5)
+    helped = HelpedIdentifier(LanguageIdConfig(threads=2), LANGUAGES)
+    # More than a pipe holds, so that asking blocks too.
+    texts = [SENTENCES["ru"] * 20] * 200
+    try:
+        [helper] = helpers_of(psutil.Process())
+        helper.suspend()
+        assert helped.identify(texts) == identifier.identify(texts)
+        assert not helper.is_running()
     finally:
         helped.close()
 

@@ -45,7 +45,7 @@ def config(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> ScorerCon
     pairs = {("de", "de"): Moments(20, 1.0, 0.0), ("de", "fr"): Moments(20, 0.8, 0.1)}
     settings = EncoderConfig(path=str(encoder), device="cpu")
     write_statistics(statistics, PairStatistics(encoder_identity(settings), pairs))
-    return ScorerConfig(encoder=settings, calibration=CalibrationConfig(path=str(statistics)))
+    return ScorerConfig(encoder=settings, calibration=CalibrationConfig(path=str(statistics), shrinkage_k=0.0))
 
 
 @pytest.fixture(scope="module")
