@@ -147,6 +147,8 @@ FLAG_CHUNKED = "chunked"
 """The response or the reference is longer than the encoder's window and was read in several."""
 FLAG_UNKNOWN_PAIR = "unknown_pair"
 """The calibration has no statistics of this pair of languages."""
+FLAG_TOO_LONG = "too_long"
+"""The response, the reference or the question is longer than the reward server takes; it was not sent."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,9 @@ class Score:
 
     @property
     def masked(self) -> bool:
-        """Without a reward by intent: the gate masks answers whose language cannot be said."""
-        return self.reward is None and FLAG_ABSTAINED in self.flags
+        """Without a reward by intent: the gate masks answers whose language cannot be said, the client those that are
+        longer than the reward server takes."""
+        return self.reward is None and (FLAG_ABSTAINED in self.flags or FLAG_TOO_LONG in self.flags)
 
 
 class ScoringAbandoned(Exception):

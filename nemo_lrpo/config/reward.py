@@ -17,7 +17,8 @@ class RewardServerConfig:
     """Where the server listens, whom it answers and how much it takes at once."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Anything but loopback needs a token."""
+    """Address to listen on. Anything but loopback needs a token. Token and texts travel unencrypted: listen on the
+    interface of the job's own network rather than on all (0.0.0.0)."""
     port: int = 0
     """gRPC port; 0 picks a free one."""
     metrics_port: Optional[int] = None
@@ -37,9 +38,10 @@ class RewardServerConfig:
     max_texts_per_request: int = 1024
     """Samples in one request; more are refused."""
     max_text_chars: int = 65536
-    """Characters of one response, reference or question; a request with a longer one is refused."""
+    """Characters of one response, reference or question. Clients send none that is longer: such an answer has no
+    reward, and is counted. Replicas must agree about it."""
     max_request_bytes: int = 33554432
-    """Size of one request; a larger one is refused unparsed."""
+    """Size of one request; a larger one is refused unparsed, so clients cut theirs."""
     triton_log: Optional[str] = None
     """File for the log of Triton itself; unset: kept while the server runs, and printed if it does not start."""
     exit_timeout_s: int = 3
@@ -51,6 +53,8 @@ class RewardServerConfig:
         check_range(f"{at}port", self.port, at_least=0, at_most=65535)
         if self.metrics_port is not None:
             check_range(f"{at}metrics_port", self.metrics_port, at_least=0, at_most=65535)
+        if "[" in self.host:
+            raise ConfigError(f"{at}host={self.host!r}: an IPv6 address without brackets, please, for example ::1.")
         if not is_loopback(self.host) and read_token(f"{at}token_file", self.token_file) is None:
             raise ConfigError(
                 f"{at}host={self.host!r} listens beyond loopback, which needs a token: set {at}token_file or the "
@@ -88,9 +92,11 @@ class RewardClientConfig:
     token_file: Optional[str] = None
     """File with the servers' token; unset: the one named by endpoint_file, then the variable LRPO_REWARD_TOKEN."""
     deadline_s: float = 600.0
-    """Seconds from submitting samples to their scores; no call takes longer."""
+    """Seconds from submitting samples to their scores; no call takes longer. A replica that says nothing for half of
+    what is left of it is left out, and another one asked."""
     connect_timeout_s: float = 60.0
-    """Seconds for which servers are tried again while none can be reached, within the deadline."""
+    """Seconds for which servers are tried again while none can be reached, within the deadline, counted from the loss
+    of the last one."""
     startup_timeout_s: float = 300.0
     """Seconds to wait at the start of a run until a server is ready."""
     max_texts_per_request: int = 64
@@ -150,22 +156,35 @@ def is_loopback(host: str) -> bool:
 def parse_endpoint(key: str, value: str) -> tuple[str, int]:
     """Host and port of `host:port`. Raises ConfigError."""
     host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{key}={value!r} is not host:port, for example 127.0.0.1:8010.")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or (":" in host and not bracketed):
+        raise ConfigError(f"{key}={value!r} is not host:port, for example 127.0.0.1:8010 or [::1]:8010.")
     return host.strip("[]"), int(port)
+
+
+_MAX_TOKEN_CHARS = 1024
 
 
 def read_token(key: str, token_file: Optional[str]) -> Optional[str]:
     """The token in `token_file`, else that of LRPO_REWARD_TOKEN, else None.
 
-    Raises ConfigError for a file that is absent, empty or readable by other users.
+    Raises ConfigError for a file that is absent, empty or readable by other users, and for a token beyond 1024
+    characters, which has no room in the head of a request.
     """
     if token_file is None:
-        return os.environ.get("LRPO_REWARD_TOKEN") or None
+        return _fitting("LRPO_REWARD_TOKEN", os.environ.get("LRPO_REWARD_TOKEN", "")) or None
     path: Path = check_file(key, token_file, "write a token into it (for example: openssl rand -hex 32)")
     if path.stat().st_mode & 0o007:
         raise ConfigError(f"{key}={token_file!r} can be read by every user of this machine; chmod 600 it.")
     token = path.read_text(encoding="utf-8").strip()
     if not token:
         raise ConfigError(f"{key}={token_file!r} is empty; write a token into it (for example: openssl rand -hex 32).")
+    return _fitting(f"{key}={token_file!r}", token)
+
+
+def _fitting(source: str, token: str) -> str:
+    if len(token) > _MAX_TOKEN_CHARS:
+        raise ConfigError(
+            f"{source} gives a token of {len(token)} characters; at most {_MAX_TOKEN_CHARS} are accepted."
+        )
     return token

@@ -66,7 +66,8 @@ def encoder_identity(config: EncoderConfig) -> str:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """rows: float32 [N, D] of length 1; zeros for a text of white space, or to which the tokenizer gives no token.
+    """rows: float32 [N, D] of length 1; zeros for a text of white space, or to which the tokenizer gives no token; NaN
+    for a text that does not fit into memory.
     truncated, chunked: bool [N], see EncoderConfig.long_texts."""
 
     rows: NDArray[np.float32]
@@ -143,12 +144,16 @@ class SentenceEncoder:
     def counts(self) -> dict[str, float]:
         """Totals since construction, all of them of what was encoded: encoder_texts, truncated_texts, chunked_texts;
         encoder_batches, encoder_tokens, encoder_padded_tokens (padding included), encoder_capacity_tokens (what the
-        batches could hold)."""
+        batches could hold), encoder_halved_batches and encoder_failed_texts (for want of memory)."""
         with self._lock:
             counts: dict[str, float] = {
                 name: self._counts[name] for name in ("encoder_texts", "truncated_texts", "chunked_texts")
             }
         return {**counts, **{f"encoder_{name}": value for name, value in self._queue.counts().items()}}
+
+    def healthy(self) -> bool:
+        """Whether the encoding thread is at work; see EncodingQueue.healthy."""
+        return self._queue.healthy()
 
     def close(self) -> None:
         """End the encoding thread, once its batch is done; calls that wait raise ScoringAbandoned. May be repeated.

@@ -2,13 +2,16 @@
 
 A caller opens a ticket, adds texts to it as they are tokenised, and waits. The thread takes all that is waiting, sorts
 it by length, cuts batches of a limited number of tokens, padding included, and hands each text's embedding to
-everyone who waits for it; what arrives meanwhile is taken next. A text that is waited for twice is encoded once.
+everyone who waits for it; what arrives meanwhile is taken next. A text that is waited for twice is encoded once. A
+batch that does not fit into memory is halved; a text that does not fit alone fails alone.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +22,12 @@ from numpy.typing import NDArray
 
 from nemo_lrpo.rewards.verifier import ShouldStop
 from nemo_lrpo.types import ScoringAbandoned
+
+log = logging.getLogger(__name__)
+
+STUCK_S = 120.0
+"""A batch takes seconds at most; a model that works on one for longer hangs."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 Tokens = NDArray[np.int32]
 Encode = Callable[[Sequence[Tokens], int, int], NDArray[np.float32]]
@@ -53,8 +62,8 @@ class Ticket:
             self.finished.set()
 
     def result(self, timeout: float | None = None) -> list[NDArray[np.float32]] | None:
-        """The embeddings, in order, once all are there; None after `timeout` seconds. Raises ScoringAbandoned, or
-        RuntimeError if encoding failed."""
+        """The embeddings, in order, once all are there, NaN [1] for a text that does not fit into memory; None after
+        `timeout` seconds. Raises ScoringAbandoned, or RuntimeError if encoding failed."""
         if not self.finished.wait(timeout):
             return None
         if isinstance(self.error, ScoringAbandoned):
@@ -135,7 +144,9 @@ class EncodingQueue:
         self._texts: dict[Hashable, _Text] = {}
         self._tickets: set[Ticket] = set()
         self._closed = False
-        self._counts = dict.fromkeys(("batches", "tokens", "padded_tokens", "capacity_tokens"), 0)
+        names = ("batches", "tokens", "padded_tokens", "capacity_tokens", "halved_batches", "failed_texts")
+        self._counts = dict.fromkeys(names, 0)
+        self._encoding_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._thread.start()
 
@@ -165,9 +176,16 @@ class EncodingQueue:
             self._finish(ticket, error or ScoringAbandoned())
 
     def counts(self) -> dict[str, int]:
-        """Totals: batches, tokens, padded_tokens (padding included), capacity_tokens (what the batches could hold)."""
+        """Totals: batches, tokens, padded_tokens (padding included), capacity_tokens (what the batches could hold);
+        halved_batches and failed_texts, for want of memory."""
         with self._changed:
             return dict(self._counts)
+
+    def healthy(self) -> bool:
+        """Whether the thread is there, and not at the same batch for `STUCK_S` seconds."""
+        since = self._encoding_since
+        stuck = since is not None and time.monotonic() - since > STUCK_S
+        return self._thread.is_alive() and not self._closed and not stuck
 
     def close(self) -> None:
         """Abandon what is waiting and end the thread. Returns once the batch at work is done; may be repeated."""
@@ -225,13 +243,17 @@ class EncodingQueue:
 
     def _encode_batch(self, batch: Sequence[_Window]) -> None:
         width = int(self._rule.width(len(batch), len(batch[0].tokens)))
+        error: Exception | None = None
+        self._encoding_since = time.monotonic()
         try:
             rows = self._encode([window.tokens for window in batch], width, batch[0].group)
-        except Exception as error:
-            with self._changed:
-                for window in batch:
-                    for ticket, _ in list(window.text.waiters):
-                        self._finish(ticket, error)
+        except Exception as caught:
+            # Without the frames: they hold the memory that the next batch needs.
+            error = caught.with_traceback(None)
+        finally:
+            self._encoding_since = None
+        if error is not None:
+            self._failed(batch, error)
             return
         with self._changed:
             self._counts["batches"] += 1
@@ -240,6 +262,25 @@ class EncodingQueue:
             self._counts["capacity_tokens"] += max(len(batch) * width, self._rule.tokens)
             for window, row in zip(batch, rows):
                 self._deliver(window, row)
+
+    def _failed(self, batch: Sequence[_Window], error: Exception) -> None:
+        if not _is_out_of_memory(error):
+            with self._changed:
+                for window in batch:
+                    for ticket, _ in list(window.text.waiters):
+                        self._finish(ticket, error)
+        elif len(batch) > 1:
+            log.warning("a batch of %d texts does not fit into memory; trying halves: %s", len(batch), error)
+            with self._changed:
+                self._counts["halved_batches"] += 1
+            half = len(batch) // 2
+            self._encode_batch(batch[:half])
+            self._encode_batch(batch[half:])
+        else:
+            log.warning("a text of %d tokens does not fit into memory: %s", len(batch[0].tokens), error)
+            with self._changed:
+                self._counts["failed_texts"] += 1
+                self._deliver(batch[0], np.full(1, np.nan, dtype=np.float32))
 
     def _deliver(self, window: _Window, row: NDArray[np.float32]) -> None:
         text = window.text
@@ -268,3 +309,8 @@ class EncodingQueue:
         ticket.texts.clear()
         ticket.error = error
         ticket.finished.set()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch's errors are of one class for GPUs, and of none in particular for the CPU and for cuBLAS."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)

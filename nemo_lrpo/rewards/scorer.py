@@ -14,7 +14,7 @@ from nemo_lrpo.rewards.build import Part, build_parts
 from nemo_lrpo.rewards.gate import GateDecision, LanguageGate
 from nemo_lrpo.rewards.language import bundled_lid_path
 from nemo_lrpo.rewards.statistics import file_hash
-from nemo_lrpo.rewards.verifier import ShouldStop, Verdict, never
+from nemo_lrpo.rewards.verifier import ShouldStop, Supervised, Verdict, never
 from nemo_lrpo.types import FLAG_ABSTAINED, FLAG_EMPTY, Score, ScoreRequest
 
 
@@ -115,6 +115,10 @@ class RewardScorer:
         for part in self._parts:
             counts.update(part.verifier.counts())
         return counts
+
+    def healthy(self) -> bool:
+        """False where a part of it has died or hangs, so that nothing could be scored."""
+        return all(part.verifier.healthy() for part in self._parts if isinstance(part.verifier, Supervised))
 
     def close(self) -> None:
         """Give back threads, processes and connections."""

@@ -186,6 +186,10 @@ class SimilarityVerifier:
         """See Verifier, and ReferenceSimilarity."""
         return self._similarity.counts()
 
+    def healthy(self) -> bool:
+        """See Supervised."""
+        return self._similarity.encoder.healthy()
+
     def close(self) -> None:
         """See Verifier."""
         self._similarity.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nemo_lrpo.types import ScoreRequest
 
@@ -48,3 +48,11 @@ class Verifier(Protocol):
 
     def close(self) -> None:
         """Give back threads and connections."""
+
+
+@runtime_checkable
+class Supervised(Protocol):
+    """A verifier with a part that may die or hang."""
+
+    def healthy(self) -> bool:
+        """Whether it could verify now."""

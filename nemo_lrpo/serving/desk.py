@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 _READERS = 2
 _MAX_UNREAD = 256
 """Messages that have arrived and are not decoded yet; more are refused undecoded."""
+_MAX_UNREAD_SIZE = 8
+"""All of them together, in requests of max_request_bytes."""
 _RETRY_AFTER_S = (0.05, 10.0)
 
 
@@ -38,6 +40,9 @@ class Scorer(Protocol):
 
     def identity(self) -> dict[str, object]:
         """What the scores depend on (encoder, calibration, languages), as JSON values."""
+
+    def healthy(self) -> bool:
+        """Whether it could score now."""
 
     def counts(self) -> Mapping[str, float]:
         """Totals by `name` or `name/label`."""
@@ -71,12 +76,14 @@ class RewardDesk:
         self.metrics = ServerMetrics(scorer.counts)
         self._config = config
         self._scorer = scorer
+        languages = scorer.identity().get("languages")
+        self._languages = frozenset(languages) if isinstance(languages, list) else None
         self._token = (read_token("token_file", config.token_file) or "").encode()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reward-read")
         self._workers = ThreadPoolExecutor(config.concurrency, thread_name_prefix="reward-score")
         self._lock = threading.Lock()
         self._tickets: dict[str, _Ticket] = {}
-        self._unread = 0
+        self._unread: list[int] = []
         self._pace_s = 0.0
         self._closed = False
         self.metrics.waiting.set_function(lambda: self._count(started=False))
@@ -111,8 +118,9 @@ class RewardDesk:
 
     @property
     def accepting(self) -> bool:
-        """Whether a score request would be let in now."""
-        return not self._closed and len(self._tickets) < self._config.concurrency + self._config.max_pending
+        """Whether a score request would be let in now, and scored."""
+        full = len(self._tickets) >= self._config.concurrency + self._config.max_pending
+        return not self._closed and not full and self._scorer.healthy()
 
     def close(self, grace_s: float = 0.0) -> None:
         """Let nobody in any more; after `grace_s` seconds, cancel what is left. May be repeated."""
@@ -128,30 +136,44 @@ class RewardDesk:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def _read(self, data: bytes) -> tuple[str, Any]:
-        with self._lock:
-            if self._closed or self._unread >= _MAX_UNREAD:
-                raise self._busy("the server is ending" if self._closed else f"{self._unread} messages are unread")
-            self._unread += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, self._decode, data)
-        finally:
-            with self._lock:
-                self._unread -= 1
-
-    def _decode(self, data: bytes) -> tuple[str, Any]:
         """Kind and content, behind the checks of size, version and token, in this order. Raises WireError."""
         config = self._config
         if len(data) > config.max_request_bytes:
             limit = f"max_request_bytes={config.max_request_bytes}"
             raise WireError(schema.ERROR_LIMIT, f"the request has {len(data)} bytes; {limit}")
-        message = schema.decode_message(data)
-        token = message.get("token")
-        if not self.authorised(token if isinstance(token, str) else ""):
+        request = schema.open_request(data)
+        if not self.authorised(request.token):
             raise WireError(schema.ERROR_TOKEN, "the token is missing or wrong")
-        kind = schema.kind_of(message)
+        with self._lock:
+            unread, size = len(self._unread), sum(self._unread)
+            full = unread >= _MAX_UNREAD or size + len(data) > _MAX_UNREAD_SIZE * config.max_request_bytes
+            if self._closed or full:
+                raise self._busy("the server is ending" if self._closed else f"{unread} messages are unread")
+            self._unread.append(len(data))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, self._decode, request)
+        finally:
+            with self._lock:
+                self._unread.remove(len(data))
+
+    def _decode(self, request: schema.Request) -> tuple[str, Any]:
+        """On a reader. Raises WireError."""
+        config = self._config
+        kind = schema.kind_of(request)
         if kind == schema.KIND_SCORE:
-            return kind, schema.score_job_of(message, config.max_texts_per_request, config.max_text_chars)
-        return kind, schema.cancelled_ids_of(message) if kind == schema.KIND_CANCEL else None
+            job = schema.score_job_of(request, config.max_texts_per_request, config.max_text_chars)
+            self._check_languages(job)
+            return kind, job
+        return kind, schema.cancelled_ids_of(request) if kind == schema.KIND_CANCEL else None
+
+    def _check_languages(self, job: schema.ScoreJob) -> None:
+        for index, request in enumerate(job.requests):
+            if self._languages is not None and request.language not in self._languages:
+                raise WireError(
+                    schema.ERROR_LANGUAGE,
+                    f"texts[{index}].language={request.language!r:.40} is not served; accepted: "
+                    f"{', '.join(sorted(self._languages))}",
+                )
 
     def _attend(self, kind: str, content: Any) -> bytes:
         """What needs no scoring."""
@@ -159,8 +181,9 @@ class RewardDesk:
             return schema.encode_message({"cancelled": self._cancel(content)})
         if kind == schema.KIND_METRICS:
             return schema.encode_message({"metrics": self.metrics.flat()})
-        limits = {"max_texts_per_request": self._config.max_texts_per_request}
-        return schema.encode_message({"identity": {**self._scorer.identity(), **limits}})
+        limits = {name: getattr(self._config, name) for name in _LIMITS}
+        identity = {**self._scorer.identity(), **limits}
+        return schema.encode_message({"identity": identity, "healthy": self._scorer.healthy()})
 
     def _cancel(self, request_ids: list[str]) -> int:
         with self._lock:
@@ -242,6 +265,7 @@ class RewardDesk:
             return sum(ticket.started is started for ticket in self._tickets.values())
 
 
+_LIMITS = ("max_texts_per_request", "max_text_chars", "max_request_bytes")
 _ORDINARY = (schema.ERROR_BUSY, schema.ERROR_EXPIRED, schema.ERROR_CANCELLED)
 """Refusals that are no sign of a mistake."""
 

@@ -1,5 +1,9 @@
 """What can go wrong between a training run and its reward server. Each message names the server and the remedy."""
 
+from __future__ import annotations
+
+from nemo_lrpo.config.checks import ConfigError
+
 
 class RewardError(RuntimeError):
     """Base of all errors of the reward service."""
@@ -19,7 +23,7 @@ class RewardServerMismatch(RewardError):
 
 
 class RewardRequestRefused(RewardError):
-    """The server refused the request: wrong token, too many or too long texts, malformed."""
+    """The server refused the request: wrong token, malformed, or beyond a limit."""
 
 
 class RewardCancelled(RewardError):
@@ -28,6 +32,10 @@ class RewardCancelled(RewardError):
 
 class RewardServerFailed(RewardError):
     """The server could not start, died, or failed while scoring; its log says why."""
+
+
+MISTAKES = (RewardRequestRefused, RewardServerMismatch, ConfigError)
+"""What no other replica and no second try mends: token, configuration, version."""
 
 
 class WireError(ValueError):

@@ -8,10 +8,14 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
+from typing import Any
+from urllib.parse import urlsplit
 
 log = logging.getLogger(__name__)
 
 _READ_TIMEOUT_S = 5.0
+_MAX_CONNECTIONS = 16
+"""At once; further ones are closed."""
 
 
 class HealthServer:
@@ -31,23 +35,29 @@ class HealthServer:
             timeout = _READ_TIMEOUT_S
 
             def do_GET(self) -> None:
+                path = urlsplit(self.path).path
                 scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-                if not authorised(token.strip() if scheme.lower() == "bearer" else ""):
+                # http.server reads bytes as Latin-1.
+                token = token.strip(" \t").encode("latin-1", "replace").decode("utf-8", "replace")
+                if not authorised(token if scheme.lower() == "bearer" else ""):
                     self._reply(401, b"the token is missing or wrong\n", ("WWW-Authenticate", "Bearer"))
-                elif self.path in checks:
-                    holds = checks[self.path]()
+                elif path in checks:
+                    holds = checks[path]()
                     self._reply(200 if holds else 503, b"ok\n" if holds else b"not now\n")
-                elif self.path == "/metrics":
+                elif path == "/metrics":
                     self._reply(200, metrics(), ("Content-Type", "text/plain; version=0.0.4; charset=utf-8"))
                 else:
                     self._reply(404, f"there are {', '.join(['/metrics', *checks])}\n".encode())
+
+            do_HEAD = do_GET  # noqa: N815
 
             def _reply(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
                 self.send_response(status)
                 for name, value in (*headers, ("Content-Length", str(len(body)))):
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
 
             def log_message(self, form: str, *values: object) -> None:
                 log.debug(form, *values)
@@ -57,6 +67,22 @@ class HealthServer:
             address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
             daemon_threads = True
             allow_reuse_address = True
+            places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+
+            def process_request(self, request: Any, client_address: Any) -> None:
+                if self.places.acquire(blocking=False):
+                    super().process_request(request, client_address)
+                else:
+                    self.shutdown_request(request)
+
+            def process_request_thread(self, request: Any, client_address: Any) -> None:
+                try:
+                    super().process_request_thread(request, client_address)
+                finally:
+                    self.places.release()
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                log.debug("a connection of %s broke", client_address, exc_info=True)
 
         self._server = Server(address, Handler)
         self.port = int(self._server.server_address[1])

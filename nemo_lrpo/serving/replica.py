@@ -20,7 +20,6 @@ from nemo_lrpo.config.reward import parse_endpoint, read_token
 from nemo_lrpo.serving import schema
 from nemo_lrpo.serving.endpoint import Endpoint
 from nemo_lrpo.serving.errors import (
-    RewardCancelled,
     RewardDeadlineExceeded,
     RewardError,
     RewardRequestRefused,
@@ -46,6 +45,9 @@ _CHANNEL = [
 _PROBE_TIMEOUT_S = 10.0
 """A server says within this time what it is, however busy its scorer is."""
 _NO_ROOM_S = 0.5
+_REST_S = (5.0, 60.0)
+"""A replica that answers and does not score rests at first, and at most."""
+_ASK_WHAT_IT_IS_S = 2.0
 REMINDER_S = 15.0
 """The same trouble is logged again after this time."""
 
@@ -62,11 +64,19 @@ class Busy(RewardError):
         self.retry_after_s = retry_after_s
 
 
+class ScoringFailed(RewardServerFailed):
+    """The server is there and could not score this request, or its answer cannot be read."""
+
+
 class Connection:
-    """An open channel to a server. Closes when nobody refers to it any more: other threads may still be using it."""
+    """An open channel to a server. Closes when nobody refers to it any more: other threads may still be using it.
+
+    limits: what the server says that it takes at most, by name; empty before it was asked.
+    """
 
     def __init__(self, endpoint: Endpoint, token: str, where: str) -> None:
         self.token = token
+        self.limits: Mapping[str, int] = {}
         self._where = where
         self._channel = grpc.insecure_channel(endpoint.address, options=_CHANNEL)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
@@ -76,8 +86,8 @@ class Connection:
     ) -> dict[str, Any]:
         """The answer to one message. `on_start` gets the call, which other threads may cancel.
 
-        Raises ConnectionLost, Busy, RewardDeadlineExceeded, RewardCancelled (by the server's word), or the error that
-        the server's refusal stands for.
+        Raises ConnectionLost (also where the server dropped the request), Busy, RewardDeadlineExceeded, ScoringFailed,
+        or the error that the server's refusal stands for.
         """
         request = service_pb2.ModelInferRequest(model_name=schema.MODEL)
         request.inputs.add(name=schema.REQUEST_TENSOR, datatype="UINT8", shape=[len(data)])
@@ -99,14 +109,33 @@ class Connection:
             # The server itself answers all that goes wrong: this is Triton, which has no room for the request in
             # /dev/shm beside others', or whose other half has died or is ending.
             said = f"{self._where}: Triton says: {replies[0].error_message.splitlines()[-1]}"
+            if "unknown model" in said and "is not found" in said:
+                raise self._foreign(said)
             raise Busy(said, _NO_ROOM_S) if "shared memory" in said else ConnectionLost(said)
-        return self._answer(replies[0].infer_response.raw_output_contents[0])
+        outputs = replies[0].infer_response.raw_output_contents
+        if not outputs:
+            raise self._foreign(f"{self._where} gave an answer without an output")
+        return self._answer(outputs[0])
+
+    def _foreign(self, said: str) -> RewardServerMismatch:
+        """The error of a Triton that is no reward server, with what it is as far as it says so."""
+        found = ""
+        try:
+            server = self._stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=_ASK_WHAT_IT_IS_S)
+            found = f"; it is {server.name} {server.version}"
+            index = self._stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=_ASK_WHAT_IT_IS_S)
+            found += f" with the models {', '.join(model.name for model in index.models) or '(none)'}"
+        except grpc.RpcError as error:
+            log.debug("%s does not say what it is: %s", self._where, error)
+        return RewardServerMismatch(f"{said}{found}. Point the run at a server of nemo_lrpo.serve_rewards.")
 
     def _failure(self, error: grpc.RpcError) -> RewardError:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return RewardDeadlineExceeded(f"{self._where} did not answer in time")
-        if error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNIMPLEMENTED):
-            return RewardServerFailed(f"{self._where} failed: {error.details()}; is it a reward server? See its log.")
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return self._foreign(f"{self._where} does not know the call ({error.details()})")
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return ScoringFailed(f"{self._where} failed: {error.details()}; see its log.")
         return ConnectionLost(str(error.details() or error.code()))
 
     def _answer(self, data: bytes) -> dict[str, Any]:
@@ -114,7 +143,7 @@ class Connection:
             message = schema.decode_message(data)
             refusal = schema.refusal_of(message)
         except WireError as error:
-            kind = RewardServerMismatch if error.kind == schema.ERROR_SCHEMA else RewardServerFailed
+            kind = RewardServerMismatch if error.kind == schema.ERROR_SCHEMA else ScoringFailed
             raise kind(f"{self._where} sent {error}.") from error
         if refusal is None:
             return message
@@ -124,13 +153,16 @@ class Connection:
         if refusal.kind == schema.ERROR_EXPIRED:
             raise RewardDeadlineExceeded(said)
         if refusal.kind == schema.ERROR_CANCELLED:
-            raise RewardCancelled(said)
+            # Not by this side, or nobody would read it: the server is ending.
+            raise ConnectionLost(said)
+        if refusal.kind == schema.ERROR_LANGUAGE:
+            raise RewardServerMismatch(f"{said} Start it with languages=[...] that cover the run's.")
         if refusal.kind == schema.ERROR_SCHEMA:
             raise RewardServerMismatch(f"{said} Run both with the same nemo_lrpo.")
         if refusal.kind == schema.ERROR_TOKEN:
             raise RewardRequestRefused(f"{said} Set reward.token_file, or LRPO_REWARD_TOKEN, to the server's token.")
         if refusal.kind == schema.ERROR_INTERNAL:
-            raise RewardServerFailed(f"{self._where} failed while scoring: {refusal.message}; see its log.")
+            raise ScoringFailed(f"{self._where} failed while scoring: {refusal.message}; see its log.")
         raise RewardRequestRefused(said)
 
 
@@ -139,7 +171,7 @@ class Replica:
 
     connection: None unless it is in use. refusal: why it is there and not used. trouble: why it cannot be reached.
     probed: whether it has been tried at all. outstanding: estimated tokens on their way to it. not_before: when it may
-    be asked again after it was busy, by time.monotonic.
+    be asked again after it was busy, by time.monotonic. strikes: how often in a row it failed to score.
     """
 
     def __init__(
@@ -158,6 +190,9 @@ class Replica:
         self.probed = False
         self.outstanding = 0
         self.not_before = -math.inf
+        self.strikes = 0
+        self._rests = 0
+        self._rested = -math.inf
         self._key, self._value = source
         self._token_file = token_file
         self._changed = changed
@@ -182,11 +217,31 @@ class Replica:
 
     def lost(self, connection: Connection, error: ConnectionLost) -> bool:
         """Leave the replica out until it answers again; `changed` is held. False where that is so already."""
+        return self._leave_out(connection, str(error))
+
+    def rest(self, connection: Connection, reason: str) -> bool:
+        """Leave out a replica that answers and does not score: for some seconds, each time for longer, and until it
+        says that it can; `changed` is held. False where it is left out already."""
+        if connection is self.connection:
+            first, most = _REST_S
+            self._rested = time.monotonic() + min(most, first * 2 ** min(self._rests, 8))
+            self._rests += 1
+        return self._leave_out(connection, reason)
+
+    def needed(self) -> None:
+        """End the rest: there is no other replica; `changed` is held."""
+        self._rested = -math.inf
+
+    def scored(self) -> None:
+        """It has done its work; `changed` is held."""
+        self.strikes = self._rests = 0
+
+    def _leave_out(self, connection: Connection, reason: str) -> bool:
         if connection is not self.connection:
             return False
         self.connection = None
-        self.trouble = str(error)
-        log.warning("lost the reward server %s: %s", self.where, error)
+        self.trouble = reason
+        log.warning("leaving out the reward server %s: %s", self.where, reason)
         self.probe()
         self._changed.notify_all()
         return True
@@ -204,6 +259,8 @@ class Replica:
             log.debug("stopped looking for %s", self.where)
 
     def _try_it(self) -> bool:
+        if time.monotonic() < self._rested:
+            return False
         connection, refusal, trouble = None, None, ""
         try:
             connection, identity = self._connect()
@@ -219,6 +276,7 @@ class Replica:
             again = trouble == self.trouble and time.monotonic() - self._reminded < REMINDER_S
             self.probed, self.connection, self.refusal, self.trouble = True, connection, refusal, trouble
             self.not_before = -math.inf
+            self.strikes = 0
             if connection is not None:
                 self._prober = None
             self._changed.notify_all()
@@ -236,6 +294,10 @@ class Replica:
         identity = message.get("identity")
         if not isinstance(identity, dict):
             raise RewardServerMismatch(f"{self.where} does not say what it is; is it a reward server?")
+        if message.get("healthy") is False:
+            raise ConnectionLost("it answers, but its scorer is not at work; see its log")
+        names = ("max_text_chars", "max_request_bytes")
+        connection.limits = {name: limit for name in names if isinstance(limit := identity.get(name), int)}
         return connection, identity
 
     def _locate(self) -> Endpoint:

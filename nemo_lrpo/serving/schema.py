@@ -1,23 +1,26 @@
-"""The wire schema, version 2: UTF-8 JSON objects, one per message, joined by sample id.
+"""The wire schema, version 3. Requests are lines of UTF-8 JSON, each ended by a newline: a head, and one line for each
+of its items. Replies are one JSON object. Scores are joined by sample id.
 
-    score     {"schema": 2, "kind": "score", "token": "...", "request_id": "5f0c...", "deadline_s": 599.2,
-               "texts": [{"sample_id": "12/q7/1", "response": "...", "reference": "...", "reference_language": "de",
-               "language": "ja", "question": "..."}, ...]}
-      reply   {"schema": 2, "request_id": "5f0c...", "scores": [{"sample_id": "12/q7/1", "digest": "9a1b...",
+    score     {"schema": 3, "token": "...", "kind": "score", "request_id": "5f0c...", "deadline_s": 599.2, "items": 2}
+              {"sample_id": "12/q7/1", "response": "...", "reference": "...", "reference_language": "de",
+               "language": "ja", "question": "..."}                                        (one line for each text)
+      reply   {"schema": 3, "request_id": "5f0c...", "scores": [{"sample_id": "12/q7/1", "digest": "9a1b...",
                "reward": 0.93, "quality": 0.93, "gate": 1.0, "language": "ja", "confidence": 0.99,
                "parts": {"similarity": 0.93}, "measures": {"similarity": 0.91}, "flags": []}, ...]}
-    identity  {"schema": 2, "kind": "identity", "token": "..."}
-      reply   {"schema": 2, "identity": {"languages": ["ar", ...], ...}}
-    metrics   {"schema": 2, "kind": "metrics", "token": "..."}
-      reply   {"schema": 2, "metrics": {"lrpo_reward_texts_total": 4096.0, ...}}
-    cancel    {"schema": 2, "kind": "cancel", "token": "...", "request_ids": ["5f0c...", ...]}
-      reply   {"schema": 2, "cancelled": 1}
-    refusal   {"schema": 2, "error": {"kind": "busy", "message": "...", "retry_after_s": 0.4}}
+    identity  {"schema": 3, "token": "...", "kind": "identity", "items": 0}
+      reply   {"schema": 3, "identity": {"languages": ["ar", ...], "max_text_chars": 65536, ...}, "healthy": true}
+    metrics   {"schema": 3, "token": "...", "kind": "metrics", "items": 0}
+      reply   {"schema": 3, "metrics": {"lrpo_reward_texts_total": 4096.0, ...}}
+    cancel    {"schema": 3, "token": "...", "kind": "cancel", "items": 1}
+              "5f0c..."                                                                    (one line for each request)
+      reply   {"schema": 3, "cancelled": 1}
+    refusal   {"schema": 3, "error": {"kind": "busy", "message": "...", "retry_after_s": 0.4}}
 
-`deadline_s` is what is left of the client's deadline when it sends. The digest is that of the texts that were scored,
-so that a reply with mixed-up rows is seen. The scores of a reply may come in any order and be incomplete. Any change
-of meaning raises SCHEMA_VERSION; the two sides refuse each other when their versions differ. Imports neither torch nor
-NumPy nor PyTriton.
+Version and token stand in the head, which is short: nothing else of a request is decoded for those without the token,
+and no more at once than a line for those with it. `deadline_s` is what is left of the client's deadline when it sends.
+The digest is that of the texts that were scored, so that a reply with mixed-up rows is seen. The scores of a reply may
+come in any order and be incomplete. `healthy` is false where scoring would fail. Any change of meaning raises
+SCHEMA_VERSION; the two sides refuse each other when their versions differ. Imports neither torch, NumPy nor PyTriton.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from typing import Any
 from nemo_lrpo.serving.errors import WireError
 from nemo_lrpo.types import Score, ScoreRequest
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 MODEL = "reward"
 """Name of the one Triton model."""
@@ -49,6 +52,8 @@ KINDS = (KIND_SCORE, KIND_IDENTITY, KIND_METRICS, KIND_CANCEL)
 ERROR_SCHEMA = "schema"
 ERROR_TOKEN = "token"
 ERROR_LIMIT = "limit"
+ERROR_LANGUAGE = "language"
+"""An answer in a language that is not served."""
 ERROR_MALFORMED = "malformed"
 ERROR_INTERNAL = "internal"
 ERROR_BUSY = "busy"
@@ -56,10 +61,30 @@ ERROR_BUSY = "busy"
 ERROR_EXPIRED = "expired"
 ERROR_CANCELLED = "cancelled"
 
+MAX_HEAD_BYTES = 16384
+_MAX_IDS = 4096
+"""Requests that one message cancels."""
 _MAX_ID_CHARS = 128
+_MAX_BYTES_PER_CHAR = 12
+"""In JSON: two escaped surrogates, of six characters each."""
 _REQUEST_FIELDS = tuple(field.name for field in dataclasses.fields(ScoreRequest))
 _SCORE_FIELDS = frozenset(field.name for field in dataclasses.fields(Score))
 _UNIT_FIELDS = ("reward", "quality", "gate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request of which the head is decoded: its version is that of this side. `items` begin at `start` in `data`."""
+
+    head: Mapping[str, Any]
+    data: bytes
+    start: int
+
+    @property
+    def token(self) -> str:
+        """Empty where there is none."""
+        token = self.head.get("token")
+        return token if isinstance(token, str) else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,19 +122,30 @@ class Refusal:
 
 def digest(request: ScoreRequest) -> str:
     """16 hexadecimal digits that stand for all fields of the request, as both sides of the wire see them."""
-    fields = json.dumps([getattr(request, name) for name in _REQUEST_FIELDS], ensure_ascii=False)
-    return hashlib.blake2b(fields.encode("utf-8", errors="replace"), digest_size=8).hexdigest()
+    fields = _json([getattr(request, name) for name in _REQUEST_FIELDS])
+    return hashlib.blake2b(fields, digest_size=8).hexdigest()
 
 
-def encode_score_request(token: str, request_id: str, deadline_s: float, requests: Sequence[ScoreRequest]) -> bytes:
-    """A score request."""
-    texts = [{name: getattr(request, name) for name in _REQUEST_FIELDS} for request in requests]
-    return encode_request(KIND_SCORE, token, request_id=request_id, deadline_s=deadline_s, texts=texts)
+def encode_score_request(token: str, request_id: str, deadline_s: float, texts: Sequence[bytes]) -> bytes:
+    """A score request; `texts` are the lines of encode_text."""
+    return encode_request(KIND_SCORE, token, texts, request_id=request_id, deadline_s=deadline_s)
 
 
-def encode_request(kind: str, token: str, **fields: Any) -> bytes:
+def encode_text(request: ScoreRequest) -> bytes:
+    """One answer as a line of a score request."""
+    return _json({name: getattr(request, name) for name in _REQUEST_FIELDS})
+
+
+def encode_cancel(token: str, request_ids: Sequence[str]) -> list[bytes]:
+    """Cancel requests, as many as it takes."""
+    lines = [_json(request_id) for request_id in request_ids]
+    return [encode_request(KIND_CANCEL, token, lines[at : at + _MAX_IDS]) for at in range(0, len(lines), _MAX_IDS)]
+
+
+def encode_request(kind: str, token: str, items: Sequence[bytes] = (), **fields: Any) -> bytes:
     """A request of one of KINDS; `fields` are those of the kind, with values that survive JSON."""
-    return encode_message({"kind": kind, "token": token, **fields})
+    head = {"schema": SCHEMA_VERSION, "token": token, "kind": kind, **fields, "items": len(items)}
+    return b"\n".join([_json(head), *items, b""])
 
 
 def encode_scores(job: ScoreJob, scores: Sequence[Score]) -> bytes:
@@ -127,19 +163,13 @@ def encode_refusal(kind: str, message: str, retry_after_s: float | None = None) 
 
 
 def encode_message(message: Mapping[str, Any]) -> bytes:
-    """Any message, the version added."""
-    # A lone surrogate, which a broken decoder may leave in a response, has no UTF-8 form; it becomes a question mark.
-    text = json.dumps({"schema": SCHEMA_VERSION, **message}, ensure_ascii=False)
-    return text.encode("utf-8", errors="replace")
+    """Any reply, the version added."""
+    return _json({"schema": SCHEMA_VERSION, **message})
 
 
 def decode_message(data: bytes) -> dict[str, Any]:
-    """Any message as a dict, its version checked. Raises WireError."""
-    try:
-        # Decoded here: json would guess UTF-16 and UTF-32 too.
-        message = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise WireError(ERROR_MALFORMED, f"not a JSON message ({error})") from None
+    """Any reply, or the head of a request, as a dict, its version checked. Raises WireError."""
+    message = _read(data, "not a JSON message")
     if not isinstance(message, dict):
         raise WireError(ERROR_MALFORMED, f"the message is a {type(message).__name__}, not an object")
     version = message.get("schema")
@@ -148,30 +178,49 @@ def decode_message(data: bytes) -> dict[str, Any]:
     return message
 
 
-def kind_of(message: Mapping[str, Any]) -> str:
-    """Which of KINDS a decoded request is. Raises WireError."""
-    kind = message.get("kind")
+def open_request(data: bytes) -> Request:
+    """Decode the head, and no more. Raises WireError."""
+    end = data.find(b"\n", 0, MAX_HEAD_BYTES)
+    if end < 0 and len(data) >= MAX_HEAD_BYTES:
+        raise WireError(ERROR_MALFORMED, f"not a JSON message with a head of at most {MAX_HEAD_BYTES} bytes")
+    head = decode_message(data if end < 0 else data[:end])
+    return Request(head, data, len(data) if end < 0 else end + 1)
+
+
+def kind_of(request: Request) -> str:
+    """Which of KINDS a request is. Raises WireError."""
+    kind = request.head.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise WireError(ERROR_MALFORMED, f"kind {kind!r:.40} is not known; accepted: {', '.join(KINDS)}")
     return kind
 
 
-def score_job_of(message: Mapping[str, Any], max_texts: int, max_chars: int) -> ScoreJob:
-    """A decoded score request, checked. Raises WireError, naming the record, beyond a limit too."""
-    request_id = message.get("request_id")
+def score_job_of(request: Request, max_texts: int, max_chars: int) -> ScoreJob:
+    """A score request, decoded and checked. Raises WireError, naming the record, beyond a limit too."""
+    request_id = request.head.get("request_id")
     if not _is_id(request_id):
         raise WireError(ERROR_MALFORMED, f"request_id must be a string of 1 to {_MAX_ID_CHARS} characters")
-    deadline_s = message.get("deadline_s")
+    deadline_s = request.head.get("deadline_s")
     if not _is_number(deadline_s):
         raise WireError(ERROR_MALFORMED, "deadline_s must be a finite number of seconds")
-    return ScoreJob(str(request_id), float(deadline_s or 0.0), _requests_of(message, max_texts, max_chars))
+    requests: dict[str, ScoreRequest] = {}
+    max_bytes = len(_REQUEST_FIELDS) * (_MAX_BYTES_PER_CHAR * max_chars + 64)
+    for index, line in enumerate(_items_of(request, max_texts, "texts", "max_texts_per_request")):
+        if len(line) > max_bytes:
+            raise WireError(ERROR_LIMIT, f"texts[{index}] has {len(line)} bytes; {max_bytes} allowed")
+        found = _text_of(_read(line, f"texts[{index}] is not JSON"), index, max_chars)
+        if found.sample_id in requests:
+            raise WireError(ERROR_MALFORMED, f"texts[{index}].sample_id is that of an earlier record")
+        requests[found.sample_id] = found
+    return ScoreJob(str(request_id), float(deadline_s or 0.0), list(requests.values()))
 
 
-def cancelled_ids_of(message: Mapping[str, Any]) -> list[str]:
-    """The request ids in a decoded cancel request. Raises WireError."""
-    ids = message.get("request_ids")
-    if not isinstance(ids, list) or not all(_is_id(each) for each in ids):
-        raise WireError(ERROR_MALFORMED, f"request_ids must be a list of strings of 1 to {_MAX_ID_CHARS} characters")
+def cancelled_ids_of(request: Request) -> list[str]:
+    """The request ids in a cancel request. Raises WireError."""
+    lines = _items_of(request, _MAX_IDS, "requests to cancel", "the limit")
+    ids = [_read(line, "not JSON") if len(line) < MAX_HEAD_BYTES else None for line in lines]
+    if not all(_is_id(each) for each in ids):
+        raise WireError(ERROR_MALFORMED, f"ids of requests must be strings of 1 to {_MAX_ID_CHARS} characters")
     return ids
 
 
@@ -229,27 +278,31 @@ def scores_of(message: Mapping[str, Any], request_id: str, requests: Sequence[Sc
     return reply
 
 
-def _requests_of(message: Mapping[str, Any], max_texts: int, max_chars: int) -> list[ScoreRequest]:
-    texts = message.get("texts")
-    if not isinstance(texts, list):
-        raise WireError(ERROR_MALFORMED, "texts must be a list")
-    if len(texts) > max_texts:
-        raise WireError(ERROR_LIMIT, f"{len(texts)} texts in one request; max_texts_per_request={max_texts}")
-    requests: dict[str, ScoreRequest] = {}
-    for index, record in enumerate(texts):
-        if not isinstance(record, dict) or set(record) != set(_REQUEST_FIELDS):
-            raise WireError(
-                ERROR_MALFORMED, f"texts[{index}] must have exactly the fields {', '.join(_REQUEST_FIELDS)}"
-            )
-        for name, value in record.items():
-            if not isinstance(value, str):
-                raise WireError(ERROR_MALFORMED, f"texts[{index}].{name} is not a string")
-            if len(value) > max_chars:
-                raise WireError(ERROR_LIMIT, f"texts[{index}].{name} has {len(value)} characters; {max_chars} allowed")
-        if record["sample_id"] in requests:
-            raise WireError(ERROR_MALFORMED, f"texts[{index}].sample_id is that of an earlier record")
-        requests[record["sample_id"]] = ScoreRequest(**record)
-    return list(requests.values())
+def _items_of(request: Request, limit: int, what: str, limit_name: str) -> list[bytes]:
+    """The lines after the head. Counted before they are cut: each costs more than its bytes."""
+    count = request.data.count(b"\n", request.start)
+    if count > limit:
+        raise WireError(ERROR_LIMIT, f"{count} {what} in one request; {limit_name}={limit}")
+    lines = request.data[request.start :].split(b"\n")
+    if lines.pop() or request.head.get("items") != count:
+        raise WireError(ERROR_MALFORMED, f"not a JSON message of {request.head.get('items')!r:.40} {what}; cut off?")
+    return lines
+
+
+def _text_of(record: object, index: int, max_chars: int) -> ScoreRequest:
+    if not isinstance(record, dict) or set(record) != set(_REQUEST_FIELDS):
+        raise WireError(ERROR_MALFORMED, f"texts[{index}] must have exactly the fields {', '.join(_REQUEST_FIELDS)}")
+    for name, value in record.items():
+        if not isinstance(value, str):
+            raise WireError(ERROR_MALFORMED, f"texts[{index}].{name} is not a string")
+        if len(value) > max_chars:
+            raise WireError(ERROR_LIMIT, f"texts[{index}].{name} has {len(value)} characters; {max_chars} allowed")
+    if not is_unicode(record["sample_id"]):
+        raise WireError(ERROR_MALFORMED, f"texts[{index}].sample_id={record['sample_id']!a:.80} has a lone surrogate")
+    # Escapes may bring what has no UTF-8 form, which tokenizers refuse.
+    return ScoreRequest(
+        **{name: value if is_unicode(value) else _bytes(value).decode() for name, value in record.items()}
+    )
 
 
 def _score_of(record: Mapping[str, Any]) -> Score | None:
@@ -276,6 +329,33 @@ def _score_of(record: Mapping[str, Any]) -> Score | None:
         flags=tuple(flags),
         **{name: None if value is None else float(value) for name, value in units.items()},
     )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` has a UTF-8 form; one with a lone surrogate, which a broken decoder may leave, has none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bytes(text: str) -> bytes:
+    """UTF-8; a lone surrogate becomes a question mark."""
+    return text.encode("utf-8", errors="replace")
+
+
+def _json(value: object) -> bytes:
+    """One line."""
+    return _bytes(json.dumps(value, ensure_ascii=False))
+
+
+def _read(data: bytes, otherwise: str) -> Any:
+    try:
+        # Decoded here: json would guess UTF-16 and UTF-32 too.
+        return json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WireError(ERROR_MALFORMED, f"{otherwise} ({error})") from None
 
 
 def _is_id(value: object) -> bool:

@@ -157,7 +157,8 @@ class RewardServer:
             config=TritonConfig(
                 allow_http=False,
                 allow_metrics=False,
-                grpc_address=config.host,
+                # Triton puts the port behind it, with a colon.
+                grpc_address=f"[{config.host}]" if ":" in config.host else config.host,
                 grpc_port=port,
                 # Clients ask whether a silent connection is still one; Triton's default takes that for an attack.
                 grpc_http2_min_recv_ping_interval_without_data=MIN_PING_INTERVAL_MS,

@@ -51,6 +51,9 @@ class HashScorer:
     def identity(self) -> dict[str, object]:
         return {"languages": LANGUAGES, "encoder": f"sha256:{self._name}", "gate": {"kind": self._name}}
 
+    def healthy(self) -> bool:
+        return True
+
     def counts(self) -> dict[str, float]:
         return {"abandoned": float(self._abandoned), "scored/de": 1.0}
 

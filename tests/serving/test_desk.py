@@ -6,8 +6,10 @@ import asyncio
 import json
 import threading
 import time
+import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ class Scorer:
     def __init__(self) -> None:
         self.release = threading.Event()
         self.at_work = 0
+        self.ill = False
         self.seen: list[str] = []
 
     def score(self, requests: list[ScoreRequest], should_stop: Callable[[], bool]) -> list[Score]:
@@ -40,6 +43,9 @@ class Scorer:
 
     def identity(self) -> dict[str, object]:
         return {"languages": ["de"]}
+
+    def healthy(self) -> bool:
+        return not self.ill
 
     def counts(self) -> dict[str, float]:
         return {
@@ -63,7 +69,7 @@ def open_desk(**changes: Any) -> Iterator[tuple[RewardDesk, Scorer]]:
 
 def ask(desk: RewardDesk, request_id: str, response: str = "text", deadline_s: float = 10.0) -> Awaitable[dict]:
     request = ScoreRequest(f"{request_id}/0", response, "reference", "de", "de")
-    return send(desk, schema.encode_score_request("", request_id, deadline_s, [request]))
+    return send(desk, schema.encode_score_request("", request_id, deadline_s, [schema.encode_text(request)]))
 
 
 async def send(desk: RewardDesk, data: bytes) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def test_cancelled_requests_are_dropped_wherever_they_are() -> None:
     async def go(desk: RewardDesk, scorer: Scorer) -> None:
         scored, waiting = (asyncio.create_task(ask(desk, name, "hold")) for name in ("scored", "waiting"))
         await until(lambda: scorer.at_work == 1 and desk.metrics.flat()["lrpo_reward_waiting"] == 1)
-        message = schema.encode_request("cancel", "", request_ids=["scored", "waiting", "unknown"])
+        (message,) = schema.encode_cancel("", ["scored", "waiting", "unknown"])
         assert (await send(desk, message))["cancelled"] == 2
         assert [(await task)["kind"] for task in (waiting, scored)] == ["cancelled"] * 2
         scorer.release.set()
@@ -180,20 +186,61 @@ def test_an_id_in_use_is_refused() -> None:
         asyncio.run(go(desk, scorer))
 
 
-def test_every_kind_of_message_wants_the_token(tmp_path: Any) -> None:
+def test_every_kind_of_message_wants_the_token(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("geheim-ß")
     (tmp_path / "token").chmod(0o600)
 
     async def go(desk: RewardDesk) -> None:
-        for fields in ({"kind": "identity"}, {"kind": "metrics"}, {"kind": "cancel", "request_ids": []}, {"kind": "?"}):
+        for fields in ({"kind": "identity"}, {"kind": "metrics"}, {"kind": "cancel"}, {"kind": "?"}):
             for token in ("", "geheim", None, 7, ["geheim-ß"], "\ud800"):
-                data = json.dumps({"schema": 2, "token": token, **fields}).encode()
+                data = json.dumps({"schema": 3, "token": token, **fields}).encode()
                 assert (await send(desk, data))["kind"] == "token"
         assert "metrics" in await send(desk, schema.encode_request("metrics", "geheim-ß"))
 
     with open_desk(token_file=str(tmp_path / "token")) as (desk, _):
         asyncio.run(go(desk))
         assert desk.authorised("geheim-ß") and not desk.authorised("geheim")
+
+
+def test_without_the_token_nothing_is_decoded(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o600)
+
+    def answered(token: str) -> tuple[dict[str, Any], float]:
+        """The refusal of many small objects, and the memory that it took, in MiB."""
+        data = schema.encode_request("score", token, [], request_id="r", deadline_s=1.0) + b"{}\n" * 2_000_000
+        with open_desk(token_file=str(tmp_path / "token")) as (desk, _):
+            tracemalloc.start()
+            try:
+                return asyncio.run(send(desk, data)), tracemalloc.get_traced_memory()[1] / 2**20
+            finally:
+                tracemalloc.stop()
+
+    refusal, memory = answered("wrong")
+    assert refusal["kind"] == "token" and memory < 0.5
+    # Nor with it, beyond the limits.
+    refusal, memory = answered("secret")
+    assert refusal["kind"] == "limit" and "2000000 texts" in refusal["message"] and memory < 0.5
+
+
+def test_a_language_that_is_not_served_is_refused_by_name() -> None:
+    request = ScoreRequest("a", "text", "reference", "de", "ko")
+    data = schema.encode_score_request("", "r", 5.0, [schema.encode_text(request)])
+    with open_desk() as (desk, scorer):
+        refusal = asyncio.run(send(desk, data))
+        assert (
+            refusal["kind"] == "language" and "texts[0].language='ko' is not served; accepted: de" in refusal["message"]
+        )
+        assert not scorer.seen
+
+
+def test_a_scorer_that_cannot_score_is_said_to_be_ill() -> None:
+    with open_desk(max_text_chars=77) as (desk, scorer):
+        for ill in (False, True):
+            scorer.ill = ill
+            reply = asyncio.run(send(desk, schema.encode_request("identity", "")))
+            assert reply["healthy"] is not ill and desk.accepting is not ill
+            assert reply["identity"]["max_text_chars"] == 77
 
 
 def test_the_end_lets_nobody_in_and_nobody_wait() -> None:

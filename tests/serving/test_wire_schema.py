@@ -35,11 +35,24 @@ any_json = st.recursive(
 
 def read_request(data: bytes) -> object:
     """A request as the server reads it. Raises WireError."""
-    message = schema.decode_message(data)
-    kind = schema.kind_of(message)
+    request = schema.open_request(data)
+    kind = schema.kind_of(request)
     if kind == schema.KIND_CANCEL:
-        return schema.cancelled_ids_of(message)
-    return schema.score_job_of(message, max_texts=100, max_chars=1000) if kind == schema.KIND_SCORE else kind
+        return schema.cancelled_ids_of(request)
+    return schema.score_job_of(request, max_texts=100, max_chars=1000) if kind == schema.KIND_SCORE else kind
+
+
+def score_request(token: str, request_id: str, deadline_s: float, sent: list[ScoreRequest]) -> bytes:
+    return schema.encode_score_request(token, request_id, deadline_s, [schema.encode_text(each) for each in sent])
+
+
+def read_job(data: bytes, max_texts: int = 10_000, max_chars: int = 10_000) -> schema.ScoreJob:
+    return schema.score_job_of(schema.open_request(data), max_texts, max_chars)
+
+
+def lines(head: dict[str, Any], *items: Any) -> bytes:
+    """A request of these parts, whatever they are."""
+    return "".join(json.dumps(each) + "\n" for each in ({"schema": 3, "items": len(items), **head}, *items)).encode()
 
 
 def make_request(sample_id: str) -> ScoreRequest:
@@ -67,9 +80,9 @@ def test_a_score_request_arrives_as_sent(
     token: str, request_id: str, deadline_s: float, sent: list[ScoreRequest]
 ) -> None:
     clean = request_id.encode("utf-8", "replace").decode()
-    message = schema.decode_message(schema.encode_score_request(token, request_id, deadline_s, sent))
-    assert message["token"] == token and schema.kind_of(message) == schema.KIND_SCORE
-    job = schema.score_job_of(message, max_texts=10_000, max_chars=10_000)
+    request = schema.open_request(score_request(token, request_id, deadline_s, sent))
+    assert request.token == token and schema.kind_of(request) == schema.KIND_SCORE
+    job = schema.score_job_of(request, max_texts=10_000, max_chars=10_000)
     assert job == schema.ScoreJob(clean, deadline_s, sent)
 
 
@@ -78,8 +91,7 @@ def test_scores_join_by_id_in_any_order(pairs: list[tuple[Score, ScoreRequest]],
     scores = [dataclasses.replace(score, sample_id=str(place)) for place, (score, _) in enumerate(pairs)]
     asked = [dataclasses.replace(request, sample_id=str(place)) for place, (_, request) in enumerate(pairs)]
     # What the server sees of the request, lone surrogates and all.
-    message = schema.decode_message(schema.encode_score_request("", "r", 1.0, asked))
-    job = schema.score_job_of(message, 10, 10_000)
+    job = read_job(score_request("", "r", 1.0, asked))
     reply = schema.decode_message(schema.encode_scores(job, scores))
     random.Random(seed).shuffle(reply["scores"])
     assert schema.scores_of(reply, "r", asked) == schema.ScoreReply({score.sample_id: score for score in scores})
@@ -174,16 +186,16 @@ def test_no_reply_does_harm(value: Any, field: str) -> None:
     [
         (b"", schema.ERROR_MALFORMED),
         (b"\xff\xfe", schema.ERROR_MALFORMED),
-        ('{"schema": 2}'.encode("utf-16"), schema.ERROR_MALFORMED),
+        ('{"schema": 3}'.encode("utf-16"), schema.ERROR_MALFORMED),
         (b"[" * 100_000, schema.ERROR_MALFORMED),
         (b"1" * 10_000, schema.ERROR_MALFORMED),
         (b"[]", schema.ERROR_MALFORMED),
         (b"{}", schema.ERROR_SCHEMA),
-        (b'{"schema": 1}', schema.ERROR_SCHEMA),
-        (b'{"schema": 2.0}', schema.ERROR_SCHEMA),
+        (b'{"schema": 2}', schema.ERROR_SCHEMA),
+        (b'{"schema": 3.0}', schema.ERROR_SCHEMA),
         (b'{"schema": "2"}', schema.ERROR_SCHEMA),
-        (b'{"schema": 2}', schema.ERROR_MALFORMED),
-        (b'{"schema": 2, "kind": "scores"}', schema.ERROR_MALFORMED),
+        (b'{"schema": 3}', schema.ERROR_MALFORMED),
+        (b'{"schema": 3, "kind": "scores"}', schema.ERROR_MALFORMED),
     ],
 )
 def test_other_bytes_are_refused(data: bytes, kind: str) -> None:
@@ -204,32 +216,49 @@ def test_any_bytes(data: bytes) -> None:
     only_wire_errors(data)
 
 
-@given(any_json, st.sampled_from(schema.KINDS))
-def test_any_json(value: Any, kind: str) -> None:
-    data = json.dumps(value).encode()
-    only_wire_errors(data)
-    fields = {name: value for name in ("kind", "request_id", "deadline_s", "texts", "request_ids")}
-    only_wire_errors(json.dumps({"schema": 2, **fields, "kind": kind}).encode())
+@given(any_json, st.sampled_from(schema.KINDS), st.lists(any_json, max_size=3))
+def test_any_json(value: Any, kind: str, items: list[Any]) -> None:
+    only_wire_errors(json.dumps(value).encode())
+    fields = {name: value for name in ("request_id", "deadline_s", "items")}
+    only_wire_errors(lines({**fields, "kind": kind}, *items))
+    only_wire_errors(lines({"kind": kind, "request_id": "r", "deadline_s": 1.0}, *items))
 
 
 @given(requests.filter(len), any_json, st.data())
 def test_requests_with_one_value_replaced(sent: list[ScoreRequest], value: Any, data: st.DataObject) -> None:
-    message = schema.decode_message(schema.encode_score_request("t", "r", 1.0, sent))
-    target: Any = data.draw(st.sampled_from([message, message["texts"][0]]))
+    head, *items = map(json.loads, score_request("t", "r", 1.0, sent).splitlines())
+    target: Any = data.draw(st.sampled_from([head, items[0]]))
     name = data.draw(st.sampled_from(sorted(target)))
     if data.draw(st.booleans()):
         del target[name]
     else:
         target[name] = value
-    only_wire_errors(json.dumps(message).encode())
+    only_wire_errors(lines(head, *items))
 
 
 @given(requests, st.data())
 def test_requests_with_bytes_changed(sent: list[ScoreRequest], data: st.DataObject) -> None:
-    encoded = bytearray(schema.encode_score_request("t", "r", 1.0, sent))
+    encoded = bytearray(score_request("t", "r", 1.0, sent))
     for _ in range(data.draw(st.integers(1, 3))):
         encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
     only_wire_errors(bytes(encoded[: data.draw(st.integers(0, len(encoded)))]))
+
+
+def test_a_request_that_is_cut_off_is_refused_wherever() -> None:
+    whole = score_request("t", "r", 1.0, [make_request("a"), make_request("b")])
+    assert len(read_job(whole).requests) == 2
+    for end in range(len(whole)):
+        with pytest.raises(WireError):
+            read_job(whole[:end])
+
+
+def test_cancelled_ids_arrive_in_as_many_messages_as_it_takes() -> None:
+    sent = [f"request {n}" for n in range(5000)]
+    found = [schema.cancelled_ids_of(schema.open_request(data)) for data in schema.encode_cancel("t", sent)]
+    assert len(found) == 2 and [each for ids in found for each in ids] == sent
+    for bad in (7, None, "", "x" * 129, ["a"]):
+        with pytest.raises(WireError, match="ids of requests"):
+            read_request(lines({"kind": "cancel"}, "good", bad))
 
 
 def test_limits_and_fields_name_the_record() -> None:
@@ -237,15 +266,15 @@ def test_limits_and_fields_name_the_record() -> None:
     other = {**good, "sample_id": "b"}
 
     def refused(message: str, *texts: dict[str, Any], max_texts: int = 2, **fields: Any) -> None:
-        whole = {"request_id": "r", "deadline_s": 1.0, "texts": list(texts), **fields}
         with pytest.raises(WireError, match=message):
-            schema.score_job_of(whole, max_texts=max_texts, max_chars=5)
+            read_job(lines({"request_id": "r", "deadline_s": 1.0, **fields}, *texts), max_texts, max_chars=5)
 
     refused(r"2 texts.*max_texts_per_request=1", good, other, max_texts=1)
     refused(r"texts\[1\].response has 6 characters; 5 allowed", good, {**other, "response": "123456"})
     refused(r"texts\[0\].reference is not a string", {**good, "reference": None})
     refused(r"texts\[0\] must have exactly the fields sample_id, .*question", {**good, "extra": ""})
     refused(r"texts\[1\].sample_id is that of an earlier record", good, good)
+    refused(r"texts\[0\] has \d+ bytes; \d+ allowed", {**good, "response": "x" * 2000})
     for request_id in ("", "x" * 129, 7, None):
         refused("request_id must be a string", good, request_id=request_id)
     for deadline_s in (math.nan, math.inf, None, "1", True):
@@ -254,10 +283,14 @@ def test_limits_and_fields_name_the_record() -> None:
 
 def test_a_lone_surrogate_does_not_stop_the_batch() -> None:
     request = ScoreRequest("a", "x\ud800y", "r", "en", "de")
-    job = schema.score_job_of(schema.decode_message(schema.encode_score_request("", "r", 1.0, [request])), 1, 10)
+    job = read_job(score_request("", "r", 1.0, [request]))
     assert job.requests[0].response == "x?y"
     reply = schema.decode_message(schema.encode_scores(job, [make_score("a")]))
     assert "a" in schema.scores_of(reply, "r", [request]).scores
+    # Of another client, which escapes it.
+    assert read_job(lines({"request_id": "r", "deadline_s": 1.0}, dataclasses.asdict(request))) == job
+    with pytest.raises(WireError, match=r"texts\[0\].sample_id='a.ud800' has a lone surrogate"):
+        read_job(lines({"request_id": "r", "deadline_s": 1.0}, {**dataclasses.asdict(request), "sample_id": "a\ud800"}))
 
 
 def test_the_schema_is_light() -> None:
