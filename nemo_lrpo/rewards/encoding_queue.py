@@ -193,19 +193,20 @@ class EncodingQueue:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _end(self) -> None:
+    def _end(self, error: BaseException | None = None) -> None:
         with self._changed:
             self._closed = True
             for ticket in list(self._tickets):
-                self._finish(ticket, ScoringAbandoned("The encoder was closed."))
+                self._finish(ticket, error or ScoringAbandoned("The encoder was closed."))
             self._changed.notify_all()
 
     def _run(self) -> None:
         try:
             self._loop()
-        finally:
-            # Whatever ended the thread, nobody waits for it for ever.
-            self._end()
+        except BaseException as error:
+            # Nobody waits for it for ever.
+            self._end(error)
+            raise
 
     def _loop(self) -> None:
         while True:

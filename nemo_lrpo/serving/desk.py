@@ -245,6 +245,8 @@ class RewardDesk:
         try:
             scores = self._scorer.score(requests, ticket.should_stop)
         except ScoringAbandoned:
+            if not ticket.should_stop():
+                raise RuntimeError("the scorer was closed") from None
             raise ticket.refusal() from None
         if [score.sample_id for score in scores] != [request.sample_id for request in requests]:
             raise RuntimeError(f"the scorer gave {len(scores)} scores, not one for each of {len(requests)} answers")

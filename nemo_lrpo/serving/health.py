@@ -67,6 +67,7 @@ class HealthServer:
             address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
             daemon_threads = True
             allow_reuse_address = True
+            request_queue_size = _MAX_CONNECTIONS
             places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
 
             def process_request(self, request: Any, client_address: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_lrpo.rewards import encoding_queue
 from nemo_lrpo.rewards.encoding_queue import BatchRule, EncodingQueue, Ticket, TokenisedText, Tokens, cut
 from nemo_lrpo.rewards.verifier import ShouldStop, never
 from nemo_lrpo.types import ScoringAbandoned
@@ -28,6 +30,7 @@ class Model:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
+        self.room = 1000
 
     def __call__(self, windows: Sequence[Tokens], width: int, group: int) -> np.ndarray:
         assert width == len(windows[0]) >= max(map(len, windows))
@@ -35,7 +38,9 @@ class Model:
         self.entered.release()
         assert self.gate.wait(PATIENCE)
         if any(window[0] == 666 for window in windows):
-            raise RuntimeError("no memory")
+            raise RuntimeError("no such kernel")
+        if len(windows) > self.room or any(window[0] == 999 for window in windows):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return np.array([[window[0], len(window)] for window in windows], dtype=np.float32)
 
 
@@ -187,12 +192,58 @@ def test_an_error_reaches_those_whose_texts_it_met_and_the_queue_lives_on(model:
     fails, lives = ask(queue, [text(666, 12), text(2)]), ask(queue, [text(3)])
     broken = ask(queue, [text(4)], should_stop=lambda: 1 // 0 > 0)
     model.gate.set()
-    with pytest.raises(RuntimeError, match="The encoder failed: no memory"):
+    with pytest.raises(RuntimeError, match="The encoder failed: no such kernel"):
         fails.result(PATIENCE)
     with pytest.raises(RuntimeError, match="division"):
         broken.result(PATIENCE)
     assert np.allclose(lives.result(PATIENCE) or [], [unit(3)])
     assert np.allclose(ask(queue, [text(2)]).result(PATIENCE) or [], [unit(2)])
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_a_text_fails_alone(
+    model: Model, queue: EncodingQueue
+) -> None:
+    held(model, queue)
+    model.room = 2
+    tickets = [ask(queue, [text(n, 2) for n in (2, 3, 4)]), ask(queue, [text(5, 2), text(999, 2), text(3, 2)])]
+    model.gate.set()
+    first, second = (ticket.result(PATIENCE) for ticket in tickets)
+    assert first is not None and second is not None
+    assert np.allclose(first, [unit(2, 2), unit(3, 2), unit(4, 2)])
+    assert np.allclose([second[0], second[2]], [unit(5, 2), unit(3, 2)]) and np.isnan(second[1]).all()
+    counts = queue.counts()
+    assert counts["failed_texts"] == 1 and counts["halved_batches"] >= 2
+    # It is not remembered: memory may be there again.
+    model.room = 1000
+    assert np.allclose(
+        ask(queue, [text(n, 2) for n in (6, 7, 8)]).result(PATIENCE) or [], [unit(n, 2) for n in (6, 7, 8)]
+    )
+    assert len(model.batches[-1]) == 3
+
+
+def test_a_window_that_does_not_fit_fails_its_text_alone(queue: EncodingQueue) -> None:
+    windows = [np.array([first] * 4, dtype=np.int32) for first in (10, 999, 30)]
+    ticket = ask(queue, [TokenisedText("long", windows, [4, 4, 4]), text(5)])
+    long, short = ticket.result(PATIENCE) or [None, None]
+    assert np.isnan(long).all() and np.allclose(short, unit(5))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_it_is_healthy_while_its_thread_works(
+    model: Model, queue: EncodingQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert queue.healthy()
+    monkeypatch.setattr(encoding_queue, "STUCK_S", 0.05)
+    ticket = held(model, queue)
+    time.sleep(0.1)
+    assert not queue.healthy(), "the model hangs"
+    model.gate.set()
+    assert ticket.result(PATIENCE) is not None and queue.healthy()
+    monkeypatch.setattr(encoding_queue, "cut", lambda *_: 1 // 0)
+    with pytest.raises(RuntimeError, match="division"):
+        ask(queue, [text(2)]).result(PATIENCE)
+    queue._thread.join(PATIENCE)
+    assert not queue.healthy(), "the thread has died"
 
 
 def test_closing_releases_everyone_and_takes_no_more(model: Model, queue: EncodingQueue) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -10,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving.conftest import ROOT
 from serving.hash_server import hashed_reward
 
 from nemo_lrpo.config.reward import RewardClientConfig
+from nemo_lrpo.serving import schema
 from nemo_lrpo.serving.client import RewardClient, estimated_tokens
 from nemo_lrpo.serving.endpoint import Endpoint
 from nemo_lrpo.serving.errors import RewardCancelled, RewardDeadlineExceeded, RewardServerFailed, RewardServerMismatch
 from nemo_lrpo.types import Score, ScoreRequest
 
 Serve = Callable[..., AbstractContextManager[Any]]
+SECOND_HOST = "::1" if Path("/proc/net/if_inet6").is_file() else "127.0.0.2"
 
 
 def requests(count: int, response: str = "answer", step: int = 1) -> list[ScoreRequest]:
@@ -31,14 +36,15 @@ def assert_right(found: dict[str, Score], asked: list[ScoreRequest]) -> None:
 
 @pytest.fixture(scope="module")
 def servers(serve_hashes: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """two that are the same; slow: two seconds for a request; tight: one at a time, and one may wait."""
+    """two that are the same, the second at an IPv6 address where there is one; slow: two seconds for a request; tight:
+    one at a time, and one may wait."""
     directory = tmp_path_factory.mktemp("replicas")
     with ExitStack() as stack:
         started = {
             name: stack.enter_context(serve_hashes(directory / name, *overrides))
             for name, overrides in {
                 "one": ["delay_s=0.02"],
-                "two": ["delay_s=0.02"],
+                "two": ["delay_s=0.02", f"host={SECOND_HOST}"],
                 "slow": ["delay_s=2"],
                 "tight": ["delay_s=0.05", "concurrency=1", "max_pending=1"],
             }.items()
@@ -222,12 +228,11 @@ def test_an_error_while_scoring_fails_its_request_only(connect: Callable[..., Re
     bad = ScoreRequest("1/q/0", "crash", "", "de", "de")
     good = requests(4)
     pending = client.submit([bad]), client.submit(good)
-    with pytest.raises(
-        RewardServerFailed, match=r"127.0.0.1:\d+ .*ArithmeticError: the encoder fell over; see its log"
-    ):
+    with pytest.raises(RewardServerFailed, match=r"1\]?:\d+ .*ArithmeticError: the encoder fell over; see its log"):
         pending[0].result()
     assert_right(pending[1].result(), good)
-    assert client.counters()["retries"] == client.counters()["replica_failures"] == 0
+    counters = client.counters()
+    assert counters["scoring_failures"] == 2 and counters["retries"] == counters["replica_failures"] == 0
 
 
 def test_a_run_begins_without_a_replica_that_is_not_there(
@@ -242,6 +247,43 @@ def test_a_run_begins_without_a_replica_that_is_not_there(
         assert_right(client.submit(requests(5)).result(), requests(5))
     finally:
         client.close()
+
+
+def test_a_triton_that_is_no_reward_server_is_refused_at_once(
+    connect: Callable[..., RewardClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "MODEL", "another")
+    started = time.monotonic()
+    with pytest.raises(RewardServerMismatch, match=r"unknown model.*it is triton \d.*nemo_lrpo.serve_rewards"):
+        connect("one", startup_timeout_s=60.0).check_server(["de"])
+    assert time.monotonic() - started < 10.0
+
+
+def test_a_run_that_fails_ends_at_once_and_the_server_is_told(
+    connect: Callable[..., RewardClient], servers: dict[str, Any]
+) -> None:
+    watcher = connect("slow")
+    watcher.check_server(["de"])
+    before = outcome(watcher, "cancelled")
+    script = """
+import sys, time
+from nemo_lrpo.config.reward import RewardClientConfig
+from nemo_lrpo.serving.client import RewardClient
+from nemo_lrpo.types import ScoreRequest
+client = RewardClient(RewardClientConfig(endpoint_file=sys.argv[1], max_texts_per_request=1))
+client.check_server(["de"])
+pending = client.submit([ScoreRequest(str(n), "x", "y", "de", "de") for n in range(40)])
+while client.server_metrics().popitem()[1]["lrpo_reward_in_progress"] < 4:
+    time.sleep(0.01)
+print(time.time(), flush=True)
+raise SystemExit("the run fails here")
+"""
+    command = [sys.executable, "-c", script, str(servers["slow"].endpoint_file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    ended = time.time()
+    assert result.returncode == 1 and result.stderr == "the run fails here\n"
+    assert ended - float(result.stdout) < 4.0, "and not after the 20 seconds that scoring takes"
+    until(lambda: outcome(watcher, "cancelled") == before + 4, within_s=1.5)
 
 
 def test_addresses_in_place_of_files(servers: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ def no_token_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"endpoint": "h:1", "endpoint_file": "f"}, ["reward.endpoint_file", "not both"]),
         ({"endpoint": "h"}, ["reward.endpoint='h'", "host:port"]),
         ({"endpoint": "h:0"}, ["reward.endpoint='h:0'", "host:port"]),
+        ({"endpoint": "::1:8010"}, ["reward.endpoint='::1:8010'", "[::1]:8010"]),
         ({"endpoint": ["h:1", "h"]}, ["reward.endpoint[1]='h'", "host:port"]),
         ({"endpoint": ["h:1", "h:1"]}, ["reward.endpoint=", "different strings"]),
         ({"endpoint_file": []}, ["reward.endpoint_file=[]", "a list"]),
@@ -51,6 +52,7 @@ def test_bad_client(changes: dict, words: list[str]) -> None:
         ({"metrics_port": 70000}, "metrics_port=70000"),
         ({"concurrency": 0}, "concurrency=0"),
         ({"max_pending": 0}, "max_pending=0"),
+        ({"host": "[::1]"}, r"host='\[::1\]'.*without brackets"),
     ],
 )
 def test_bad_server(changes: dict, words: str) -> None:
@@ -99,6 +101,19 @@ def test_token_files_that_are_refused(tmp_path: Path) -> None:
     token.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         read_token("k", str(token))
+
+
+def test_a_token_without_room_in_a_request_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tmp_path / "token"
+    token.write_text("ß" * 1024)
+    token.chmod(0o600)
+    assert read_token("k", str(token)) == "ß" * 1024
+    token.write_text("x" * 1025)
+    with pytest.raises(ConfigError, match="k='.*token of 1025 characters; at most 1024"):
+        read_token("k", str(token))
+    monkeypatch.setenv("LRPO_REWARD_TOKEN", "x" * 1025)
+    with pytest.raises(ConfigError, match="LRPO_REWARD_TOKEN gives"):
+        read_token("k", None)
 
 
 def test_addresses() -> None:
