@@ -12,20 +12,17 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import os
 import queue
-import random
 import threading
 import time
-import uuid
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, as_completed, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from types import TracebackType
-
-import grpc
 
 from nemo_lrpo.config.reward import RewardClientConfig
 from nemo_lrpo.serving import schema
@@ -38,8 +35,9 @@ from nemo_lrpo.serving.errors import (
     RewardServerUnavailable,
     WireError,
 )
+from nemo_lrpo.serving.fleet import Attempt, Fleet, again
 from nemo_lrpo.serving.pool import DaemonPool
-from nemo_lrpo.serving.replica import REMINDER_S, Busy, Connection, ConnectionLost, Replica, ScoringFailed
+from nemo_lrpo.serving.replica import Busy, Connection, ConnectionLost, Replica, ScoringFailed
 from nemo_lrpo.types import FLAG_TOO_LONG, Score, ScoreRequest
 
 log = logging.getLogger(__name__)
@@ -48,8 +46,6 @@ _GOODBYE_S = 1.0
 """For telling servers that nobody waits any more."""
 _MAX_LOSSES = 5
 """Connections that one request may lose: it may be the request that ends them."""
-_MAX_STRIKES = 3
-"""Requests in a row that a replica may fail to score before others are preferred for a while."""
 _HEDGE_SHARE = 0.5
 """Of its time a request waits for one replica; then another is asked as well."""
 _MIN_HEDGE_S = 0.05
@@ -73,35 +69,14 @@ _OPEN: weakref.WeakSet[RewardClient] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Before the process ends, so that servers do not score for it any more."""
+    """Before the process ends, so that servers do not score for it any more. A fork of it has nothing to cancel."""
     for client in list(_OPEN):
-        client.close()
+        if client._pid == os.getpid():
+            client.close()
 
 
 class _TooLarge(Exception):
     """The request has more bytes than the server takes."""
-
-
-@dataclass(eq=False)
-class _Attempt:
-    """A request on its way to one replica. `abandon` may come from another thread, before its call has begun too."""
-
-    replica: Replica
-    connection: Connection
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    began: float = field(default_factory=time.monotonic)
-    call: grpc.Call | None = None
-    abandoned: bool = False
-
-    def start(self, call: grpc.Call) -> None:
-        self.call = call
-        if self.abandoned:
-            call.cancel()
-
-    def abandon(self) -> None:
-        self.abandoned = True
-        if self.call is not None:
-            self.call.cancel()
 
 
 @dataclass(eq=False)
@@ -115,7 +90,7 @@ class _Chunk:
     reply: Future[schema.ScoreReply] = field(default_factory=Future)
     started: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
-    attempts: list[_Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
 
 
 class _Ask:
@@ -128,7 +103,7 @@ class _Ask:
         self.deadline = deadline
         self.texts = [schema.encode_text(request) for request in requests]
         self.tokens = sum(map(estimated_tokens, requests))
-        self.outcomes: queue.SimpleQueue[tuple[_Attempt, schema.ScoreReply | Exception]] = queue.SimpleQueue()
+        self.outcomes: queue.SimpleQueue[tuple[Attempt, schema.ScoreReply | Exception]] = queue.SimpleQueue()
         self.failed: list[Replica] = []
         self.losses = 0
         self.hedge_at = math.inf
@@ -173,7 +148,7 @@ class RewardFuture:
                     for name in dropped:
                         dropped[name] += getattr(reply, name)
         except FutureTimeoutError:
-            errors.append(self._client.too_slow())
+            errors.append(self._client._fleet.too_slow())
         finally:
             self.cancel()
         asked = sum(len(chunk.requests) for chunk in self._chunks)
@@ -201,26 +176,18 @@ class RewardClient:
 
     def __init__(self, config: RewardClientConfig) -> None:
         """`config` has passed its check."""
-        sources = config.sources()
         self._config = config
-        self._changed = threading.Condition()
+        self._pid = os.getpid()
         self._closed = threading.Event()
-        self._replicas = [
-            Replica(source, config.token_file, self._changed, self._accept, self._closed) for source in sources
-        ]
-        self._identity: Mapping[str, object] | None = None
-        self._identified = ""
-        self._alone_since: float | None = None
+        self._fleet = Fleet(config, self._closed)
+        self._changed = self._fleet.changed
         self._under_way: set[_Chunk] = set()
         self._outstanding = 0
-        self._totals: Counter[str] = Counter()
-        self._reminded = -math.inf
-        self._jitter = random.Random()
-        places = config.concurrency * len(sources)
+        places = config.concurrency * len(self._fleet.replicas)
         self._askers = DaemonPool(places, "reward")
         # Two attempts at a request, and as many that are ending.
         self._callers = DaemonPool(4 * places, "reward-call")
-        self._goodbyes = DaemonPool(min(4, len(sources)), "reward-goodbye")
+        self._goodbyes = DaemonPool(min(4, len(self._fleet.replicas)), "reward-goodbye")
         for pool in (self._askers, self._callers, self._goodbyes):
             weakref.finalize(self, pool.close).atexit = False
         _OPEN.add(self)
@@ -266,10 +233,10 @@ class RewardClient:
         """
         started = time.monotonic()
         with self._changed:
-            while not any(replica.connection for replica in self._replicas):
-                self._wait_for_a_replica(started, started + timeout_s, timeout_s)
-            assert self._identity is not None
-            return dict(self._identity)
+            while not any(replica.connection for replica in self._fleet.replicas):
+                self._fleet.wait_for_one(started, started + timeout_s, timeout_s)
+            assert self._fleet.identity is not None
+            return dict(self._fleet.identity)
 
     def check_server(self, languages: Sequence[str]) -> None:
         """Wait for a server at most `startup_timeout_s`, then refuse servers that cannot serve this run. Replicas that
@@ -281,24 +248,24 @@ class RewardClient:
         """
         identity = self.wait_until_ready(self._config.startup_timeout_s)
         with self._changed:
-            self._changed.wait_for(lambda: all(r.probed for r in self._replicas), self._config.startup_timeout_s)
-            for replica in self._replicas:
+            self._changed.wait_for(lambda: all(r.probed for r in self._fleet.replicas), self._config.startup_timeout_s)
+            for replica in self._fleet.replicas:
                 if replica.refusal is not None:
-                    raise _again(replica.refusal)
+                    raise again(replica.refusal)
                 if replica.connection is None:
                     log.warning("beginning without the reward server %s: %s", replica.where, replica.trouble)
         served = identity.get("languages")
         missing = sorted(set(languages) - set(served if isinstance(served, list) else []))
         if missing:
             raise RewardServerMismatch(
-                f"{self._identified} does not score {', '.join(missing)}, which data.languages asks for; it scores "
-                f"{served}. Start it with languages=[...] that cover the run's."
+                f"{self._fleet.identified} does not score {', '.join(missing)}, which data.languages asks for; it "
+                f"scores {served}. Start it with languages=[...] that cover the run's."
             )
 
     def server_metrics(self, timeout_s: float = 5.0) -> dict[str, dict[str, float]]:
         """The metrics of each replica in use, by host and port with its key; those that do not answer are absent."""
         with self._changed:
-            connections = {r.where: r.connection for r in self._replicas if r.connection is not None}
+            connections = {r.where: r.connection for r in self._fleet.replicas if r.connection is not None}
         metrics = {}
         for where, connection in connections.items():
             try:
@@ -316,8 +283,8 @@ class RewardClient:
         cancelled (requests), and records dropped: unknown, duplicated, invalid, mixed_up. And, as they are now:
         replicas_live, outstanding_texts."""
         with self._changed:
-            live = sum(replica.connection is not None for replica in self._replicas)
-            totals = {**dict.fromkeys(_COUNTERS, 0), **self._totals}
+            live = sum(replica.connection is not None for replica in self._fleet.replicas)
+            totals = {**dict.fromkeys(_COUNTERS, 0), **self._fleet.totals}
             now = {"replicas_live": live, "outstanding_texts": self._outstanding}
             return {name: float(value) for name, value in (*totals.items(), *now.items())}
 
@@ -332,16 +299,8 @@ class RewardClient:
         for pool in (self._askers, self._callers, self._goodbyes):
             pool.close()
         with self._changed:
-            for replica in self._replicas:
+            for replica in self._fleet.replicas:
                 replica.connection = None
-
-    def too_slow(self) -> RewardDeadlineExceeded:
-        """The error of a submission whose time is up."""
-        where = " and ".join(replica.where for replica in self._replicas)
-        return RewardDeadlineExceeded(
-            f"the reward server at {where} did not finish within reward.deadline_s={self._config.deadline_s:g} s; "
-            "raise it, give the server more compute, or send less at once."
-        )
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -354,7 +313,7 @@ class RewardClient:
                 timeout=max(0.0, chunk.deadline - time.monotonic()),
             )
             if self._closed.is_set() or not room:
-                late = RewardCancelled("the reward client is closed.") if room else self.too_slow()
+                late = RewardCancelled("the reward client is closed.") if room else self._fleet.too_slow()
                 chunk.reply.set_exception(late)
                 return
             self._outstanding += size
@@ -383,6 +342,9 @@ class RewardClient:
                 self._count(missing=len(chunk.requests))
             chunk.reply.set_exception(error)
 
+    def _is_cancelled(self, chunk: _Chunk) -> Callable[[], bool]:
+        return lambda: chunk.cancelled.is_set() or self._closed.is_set()
+
     def _score(self, chunk: _Chunk) -> schema.ScoreReply:
         """What the servers say of `chunk`, and scores without reward for what is longer than they take."""
         fitting = self._fitting(chunk)
@@ -409,7 +371,7 @@ class RewardClient:
 
     def _fitting(self, chunk: _Chunk) -> list[ScoreRequest]:
         """Those of `chunk` that the servers take; the others are counted. The replicas agree about the length."""
-        _, connection = self._pick(chunk, chunk.deadline, 0)
+        _, connection = self._fleet.pick(self._is_cancelled(chunk), chunk.submitted, chunk.deadline, 0)
         limit = connection.limits.get("max_text_chars", math.inf)
         fitting = [request for request in chunk.requests if max(_lengths(request).values()) <= limit]
         kept = {id(request) for request in fitting}
@@ -455,13 +417,15 @@ class RewardClient:
         or says nothing for half of the time: scoring twice does no harm.
         """
         ask = _Ask(chunk, requests, deadline)
+        cancelled = self._is_cancelled(chunk)
         try:
             while True:
                 if not chunk.attempts:
-                    self._send(ask, self._pick(chunk, deadline, ask.tokens, avoid, ask.failed))
+                    times = chunk.submitted, deadline
+                    self._send(ask, self._fleet.pick(cancelled, *times, ask.tokens, avoid, ask.failed))
                 attempt, outcome = self._outcome(ask)
                 if isinstance(outcome, schema.ScoreReply):
-                    self._scored(attempt, chunk.attempts)
+                    self._fleet.scored(attempt, chunk.attempts)
                     return outcome, attempt.replica
                 self._give_up_or_go_on(ask, attempt, outcome)
         finally:
@@ -470,10 +434,10 @@ class RewardClient:
 
     def _send(self, ask: _Ask, chosen: tuple[Replica, Connection]) -> None:
         """Ask `chosen`, which has been charged with the tokens, on another thread. Raises _TooLarge."""
-        attempt = _Attempt(*chosen)
+        attempt = Attempt(*chosen)
         limit = attempt.connection.limits.get("max_request_bytes", math.inf)
         if sum(len(text) + 1 for text in ask.texts) + schema.MAX_HEAD_BYTES > limit:
-            self._discharge(attempt.replica, ask.tokens)
+            self._fleet.discharge(attempt.replica, ask.tokens)
             raise _TooLarge(f"max_request_bytes={limit}")
         # Either the cancellation sees it, or it is seen here.
         ask.chunk.attempts.append(attempt)
@@ -483,10 +447,10 @@ class RewardClient:
         try:
             self._callers.submit(lambda: self._call(ask, attempt))
         except RuntimeError:
-            self._discharge(attempt.replica, ask.tokens)
+            self._fleet.discharge(attempt.replica, ask.tokens)
             raise RewardCancelled("the reward client is closed.") from None
 
-    def _call(self, ask: _Ask, attempt: _Attempt) -> None:
+    def _call(self, ask: _Ask, attempt: Attempt) -> None:
         """On a thread of its own: one call, and what comes of it."""
         outcome: schema.ScoreReply | Exception
         try:
@@ -499,10 +463,10 @@ class RewardClient:
         except Exception as error:
             # Without the frames, which would hold the texts.
             outcome = error.with_traceback(None)
-        self._discharge(attempt.replica, ask.tokens)
+        self._fleet.discharge(attempt.replica, ask.tokens)
         ask.outcomes.put((attempt, outcome))
 
-    def _outcome(self, ask: _Ask) -> tuple[_Attempt, schema.ScoreReply | Exception]:
+    def _outcome(self, ask: _Ask) -> tuple[Attempt, schema.ScoreReply | Exception]:
         """Of the first attempt that ends; asks another replica when those that were asked say nothing for too long."""
         attempts = ask.chunk.attempts
         while True:
@@ -511,10 +475,10 @@ class RewardClient:
                 attempt, outcome = ask.outcomes.get(timeout=max(0.0, ends - time.monotonic()))
             except queue.Empty:
                 if ask.hedge_at > ask.deadline:
-                    raise self.too_slow() from None
+                    raise self._fleet.too_slow() from None
                 other = None
                 if len(attempts) == 1:
-                    other = self._another(ask.tokens, [attempts[0].replica, *ask.failed])
+                    other = self._fleet.another(ask.tokens, [attempts[0].replica, *ask.failed])
                 if other is None:
                     ask.hedge_later()
                 else:
@@ -526,172 +490,40 @@ class RewardClient:
                 raise RewardCancelled("the submission was cancelled.")
             return attempt, outcome
 
-    def _give_up_or_go_on(self, ask: _Ask, attempt: _Attempt, error: Exception) -> None:
+    def _give_up_or_go_on(self, ask: _Ask, attempt: Attempt, error: Exception) -> None:
         """After an attempt that failed: raises where nobody else is under way and no other try would help."""
         replica = attempt.replica
         ask.hedge_later()
         if isinstance(error, ConnectionLost):
             ask.losses += 1
-            with self._changed:
-                self._totals["replica_failures"] += replica.lost(attempt.connection, error)
+            self._fleet.lost(attempt, error)
             if ask.losses == _MAX_LOSSES:
                 raise RewardServerUnavailable(
                     f"{ask.losses} connections were lost with the same request, the last to {replica.where}: {error}."
                 ) from error
             self._count(retries=1)
         elif isinstance(error, Busy):
-            self._wait_for_room(replica, error)
+            self._fleet.wait_for_room(replica, error)
         elif isinstance(error, ScoringFailed):
             ask.failed.append(replica)
-            self._strike(attempt)
-            if not ask.chunk.attempts and (len(ask.failed) > 1 or not self._live(ask.failed)):
+            self._fleet.strike(attempt)
+            if not ask.chunk.attempts and (len(ask.failed) > 1 or not self._fleet.live(ask.failed)):
                 raise error
         elif isinstance(error, RewardDeadlineExceeded):
-            raise self.too_slow() from None
+            raise self._fleet.too_slow() from None
         else:
             raise error
 
-    def _pick(
-        self,
-        chunk: _Chunk,
-        deadline: float,
-        tokens: int,
-        avoid: Replica | None = None,
-        failed: Sequence[Replica] = (),
-    ) -> tuple[Replica, Connection]:
-        """The replica with the fewest tokens on their way, now with `tokens` more; waits for one that is none of
-        `failed` while there is another, and rather not `avoid`."""
-        with self._changed:
-            while True:
-                if chunk.cancelled.is_set() or self._closed.is_set():
-                    raise RewardCancelled("the submission was cancelled.")
-                now = time.monotonic()
-                if now >= deadline:
-                    raise self.too_slow()
-                live = self._live(failed) or self._live()
-                best = self._charge(tokens, live, now, avoid)
-                if best is not None:
-                    return best
-                if live:
-                    self._alone_since = None
-                    self._changed.wait(min(deadline, *(r.not_before for r in live)) - now)
-                else:
-                    if self._alone_since is None:
-                        self._alone_since = now
-                    since = max(self._alone_since, chunk.submitted)
-                    connect_s = self._config.connect_timeout_s
-                    self._wait_for_a_replica(since, min(deadline, since + connect_s), connect_s)
-
-    def _another(self, tokens: int, besides: Sequence[Replica]) -> tuple[Replica, Connection] | None:
-        """As `_pick`, without waiting: None where there is none now."""
-        with self._changed:
-            return self._charge(tokens, self._live(besides), time.monotonic())
-
-    def _charge(
-        self, tokens: int, live: Sequence[Replica], now: float, avoid: Replica | None = None
-    ) -> tuple[Replica, Connection] | None:
-        """The best of `live` that may be asked now, with `tokens` more on their way; `changed` is held."""
-        ready = [replica for replica in live if replica.not_before <= now]
-        best = min(ready, key=lambda replica: (replica is avoid, replica.outstanding), default=None)
-        if best is None or best.connection is None:
-            return None
-        self._alone_since = None
-        best.outstanding += tokens
-        return best, best.connection
-
-    def _discharge(self, replica: Replica, tokens: int) -> None:
-        with self._changed:
-            replica.outstanding -= tokens
-            self._changed.notify_all()
-
-    def _live(self, besides: Sequence[Replica] = ()) -> list[Replica]:
-        """Replicas in use, in their order."""
-        return [replica for replica in self._replicas if replica.connection is not None and replica not in besides]
-
-    def _scored(self, attempt: _Attempt, silent: Sequence[_Attempt]) -> None:
-        """A replica has answered; those that were asked before and have not are left out for a while."""
-        with self._changed:
-            attempt.replica.scored()
-            for other in silent:
-                if other.began < attempt.began:
-                    waited = time.monotonic() - other.began
-                    reason = f"it said nothing for {waited:.1f} s; another replica answered"
-                    self._totals["replica_failures"] += other.replica.rest(other.connection, reason)
-
-    def _strike(self, attempt: _Attempt) -> None:
-        """A replica could not score; one that never can is left out for a while, unless it is the only one."""
-        replica = attempt.replica
-        with self._changed:
-            self._totals["scoring_failures"] += 1
-            replica.strikes += 1
-            if replica.strikes >= _MAX_STRIKES and self._live([replica]):
-                reason = f"it failed to score {replica.strikes} requests in a row; see its log"
-                self._totals["replica_failures"] += replica.rest(attempt.connection, reason)
-
-    def _wait_for_room(self, replica: Replica, busy: Busy) -> None:
-        with self._changed:
-            now = time.monotonic()
-            replica.not_before = now + busy.retry_after_s * self._jitter.uniform(1.0, 1.5)
-            self._totals["busy"] += 1
-            if now - self._reminded > REMINDER_S:
-                self._reminded = now
-                log.warning("waiting: %s", busy)
-
-    def _wait_for_a_replica(self, since: float, until: float, timeout_s: float) -> None:
-        """Wait for a change, while no replica is in use; `changed` is held.
-
-        Raises what they refuse where all refuse, RewardServerUnavailable after `until`.
-        """
-        for replica in self._replicas:
-            replica.needed()
-            replica.probe()
-        refusals = [replica.refusal for replica in self._replicas if replica.refusal is not None]
-        if len(refusals) == len(self._replicas):
-            raise _again(refusals[0])
-        now = time.monotonic()
-        if now >= until:
-            reasons = "; ".join(f"{replica.where}: {replica.trouble}" for replica in self._replicas)
-            raise RewardServerUnavailable(
-                f"no reward server at {reasons}, tried again for {now - since:.1f} of {timeout_s:g} s. Start one with "
-                "python -m nemo_lrpo.serve_rewards, or look at its log."
-            )
-        self._changed.wait(until - now)
-
-    def _accept(self, replica: Replica, identity: Mapping[str, object]) -> None:
-        """Raises RewardServerMismatch unless the server with this identity may score for this run."""
-        config = self._config
-        if config.encoder is not None and identity.get("encoder") != config.encoder:
-            raise RewardServerMismatch(
-                f"{replica.where} scores with encoder {identity.get('encoder')}, not reward.encoder={config.encoder}; "
-                "point the run at the right server."
-            )
-        limit = identity.get("max_texts_per_request")
-        if isinstance(limit, int) and limit < config.max_texts_per_request:
-            raise RewardServerMismatch(
-                f"{replica.where}: reward.max_texts_per_request={config.max_texts_per_request} exceeds the server's "
-                f"{limit}; lower it, or raise max_texts_per_request of nemo_lrpo.serve_rewards."
-            )
-        with self._changed:
-            if self._identity is None:
-                self._identity, self._identified = identity, replica.where
-                return
-            differences = list(_differences(self._identity, identity))
-        if differences:
-            raise RewardServerMismatch(
-                f"{replica.where} would not give the rewards of {self._identified}, which this run began with: "
-                f"{'; '.join(differences)}. Start both with the same configuration."
-            )
-
     def _cancel(self, chunks: Iterable[_Chunk]) -> list[Future[None]]:
         """Cancel what is under way of `chunks`, and tell the servers, without waiting for it."""
-        attempts: list[_Attempt] = []
+        attempts: list[Attempt] = []
         waiting: list[_Chunk] = []
         with self._changed:
             for chunk in chunks:
                 if chunk.reply.done() or chunk.cancelled.is_set():
                     continue
                 chunk.cancelled.set()
-                self._totals["cancelled"] += 1
+                self._fleet.totals["cancelled"] += 1
                 attempts += chunk.attempts
                 if not chunk.started:
                     waiting.append(chunk)
@@ -700,7 +532,7 @@ class RewardClient:
             chunk.reply.set_exception(RewardCancelled("the submission was cancelled, or its client closed."))
         return self._tell(attempts)
 
-    def _tell(self, attempts: Iterable[_Attempt]) -> list[Future[None]]:
+    def _tell(self, attempts: Iterable[Attempt]) -> list[Future[None]]:
         """Abandon `attempts`, and tell the servers: Triton passes the end of a call on to nobody."""
         by_connection: dict[Connection, list[str]] = {}
         for attempt in attempts:
@@ -719,7 +551,7 @@ class RewardClient:
     def _count(self, **by: int) -> None:
         with self._changed:
             for name, number in by.items():
-                self._totals[name] += number
+                self._fleet.totals[name] += number
 
 
 def estimated_tokens(request: ScoreRequest) -> int:
@@ -743,21 +575,6 @@ def _lengths(request: ScoreRequest) -> dict[str, int]:
 
 def _too_long(request: ScoreRequest) -> Score:
     return Score(request.sample_id, None, None, None, None, 0.0, flags=(FLAG_TOO_LONG,))
-
-
-def _again(error: Exception) -> Exception:
-    """A new one: the same error raised in several threads would gather all their tracebacks."""
-    return type(error)(str(error))
-
-
-def _differences(ours: Mapping[str, object], theirs: Mapping[str, object]) -> Iterable[str]:
-    """What two identities differ in, but for what does not move rewards."""
-    for name in sorted({*ours, *theirs} - {"versions", "max_texts_per_request", "max_request_bytes"}):
-        mine, other = ours.get(name), theirs.get(name)
-        if isinstance(mine, dict) and isinstance(other, dict):
-            yield from (f"{name}.{difference}" for difference in _differences(mine, other))
-        elif mine != other:
-            yield f"{name} is {other!r}, not {mine!r}"
 
 
 def _say_goodbye(connection: Connection, request_ids: list[str]) -> None:

@@ -133,7 +133,7 @@ def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
 
 
 def everyone(client: RewardClient) -> bool:
-    return client.counters()["replicas_live"] == len(client._replicas)
+    return client.counters()["replicas_live"] == len(client._fleet.replicas)
 
 
 # -- what is too long ----------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_what_one_replica_cannot_score_another_is_asked(connect: Callable[..., R
     # It is left out soon, and taken back once it says that it is well.
     assert 3 <= len(sick.seen) <= 6 and client.counters()["missing"] == 0
     sick.healthy = False
-    until(lambda: "scorer is not at work" in client._replicas[0].trouble)
+    until(lambda: "scorer is not at work" in client._fleet.replicas[0].trouble)
     sick.mood, sick.healthy = "ok", True
     until(lambda: everyone(client))
     seen = len(sick.seen)
@@ -288,7 +288,7 @@ def test_a_replica_that_hangs_keeps_no_request(
     assert counters["hedged"] >= 1 and counters["missing"] == counters["cancelled"] == 0
     until(lambda: len(hung.cancelled) == len(hung.seen))
     # Nobody waits for it again while it rests.
-    assert client._replicas[0].connection is None and counters["replica_failures"] >= 1
+    assert client._fleet.replicas[0].connection is None and counters["replica_failures"] >= 1
     started = time.monotonic()
     assert_right(client.submit(asked).result(), asked)
     assert time.monotonic() - started < 0.8
@@ -299,7 +299,7 @@ def test_the_first_valid_answer_counts(connect: Callable[..., RewardClient]) -> 
     hung = Server("hang")
     client = connect([hung, Server("internal")], deadline_s=1.0)
     client.check_server(["de"])
-    client._replicas[1].outstanding += 1000
+    client._fleet.replicas[1].outstanding += 1000
     started = time.monotonic()
     with pytest.raises(RewardDeadlineExceeded):
         client.submit(requests(2)).result()

@@ -98,9 +98,9 @@ def test_the_load_is_shared_by_tokens(connect: Callable[..., RewardClient]) -> N
     assert client.counters()["replicas_live"] == 2
 
     # To the one with more tokens on their way nothing goes.
-    client._replicas[0].outstanding += 10**6
+    client._fleet.replicas[0].outstanding += 10**6
     assert_right(client.submit(asked[:20]).result(), asked[:20])
-    client._replicas[0].outstanding -= 10**6
+    client._fleet.replicas[0].outstanding -= 10**6
     last = client.server_metrics()
     shares = [last[where]["lrpo_reward_texts_total"] - after[where]["lrpo_reward_texts_total"] for where in after]
     assert shares == [0, 20]
@@ -128,9 +128,9 @@ def test_replicas_that_would_not_score_alike_are_refused(
         # In the middle of a run the one that it began with goes on alone.
         asked = requests(20)
         late = connect("one", "other", max_texts_per_request=2)
-        late._replicas[1]._accept = lambda *_: time.sleep(0.5) or late._accept(*_)
+        late._fleet.replicas[1]._accept = lambda *_: time.sleep(0.5) or late._fleet.accept(*_)
         assert_right(late.submit(asked).result(), asked)
-        until(lambda: late._replicas[1].refusal is not None)
+        until(lambda: late._fleet.replicas[1].refusal is not None)
         assert_right(late.submit(asked).result(), asked)
         assert late.counters()["replicas_live"] == 1
 
@@ -146,7 +146,7 @@ def test_a_replica_that_dies_is_left_out_and_taken_back(
         mortal.process.send_signal(signal.SIGSTOP)
         asked = requests(30)
         pending = client.submit(asked)
-        until(lambda: client._replicas[1].outstanding > 0)
+        until(lambda: client._fleet.replicas[1].outstanding > 0)
         mortal.process.kill()
         started = time.monotonic()
         assert_right(pending.result(), asked)
