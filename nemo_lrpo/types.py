@@ -96,7 +96,8 @@ class Rollouts:
     token). prompt_lengths, lengths: int64 [B], in tokens; `lengths` counts prompt and response, the end token
     included. ended: bool [B], the response stopped by itself within the budget. valid: bool [B], every id lies in
     the tokenizer's range (ids out of range are replaced in `tokens` by the end token). texts: B responses, decoded
-    without prompt, end and special tokens; empty where nobody needs the text.
+    without prompt, end and special tokens; empty where nobody needs the text. seconds: float64 [B], the time of the
+    batch that a row was generated in, shared out by response tokens; None where it was not measured.
     """
 
     sample_ids: tuple[str, ...]
@@ -106,6 +107,7 @@ class Rollouts:
     ended: torch.Tensor
     valid: torch.Tensor
     texts: tuple[str, ...]
+    seconds: torch.Tensor | None = None
 
 
 @dataclass

@@ -3,6 +3,7 @@
     python tools/router_sim.py [--seeds 20] [--worlds cells,change] [--policies default,ucb] [--jobs 2] [--plot FILE]
     python tools/router_sim.py --quick
     python tools/router_sim.py --json
+    python tools/router_sim.py --results build/router_sim.jsonl
 
 A world says how probable reward 1 is for each topic, region and language; questions come at random, 256 a step for 200
 steps unless the world says otherwise (subjects: 100 steps), with 8 rollouts each, the first 2 in the question's
@@ -14,17 +15,23 @@ language. The router is the one that training uses, with the settings of conf/ro
 from the first step on, learning included; values are the true probabilities. Mean over seeds with the 95 % interval of
 that mean (Student's t). Policies meet the same worlds, questions and luck. `languages` is the mean number of different
 languages in a group, `seconds` the processor time of a run.
+
+--results keeps every run as a line of a file, as soon as it ends. Runs that the file holds already, of the same world
+and settings, are not played again: what was stopped goes on, and more seeds add to those there are. After a change of
+the router's code begin another file.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -33,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tools.router_worlds.run import POLICIES, Outcome, play  # noqa: E402
+from tools.router_worlds.run import POLICIES, Outcome, play, router_config  # noqa: E402
 from tools.router_worlds.worlds import WORLDS, World, shortened  # noqa: E402
 
 QUICK_STEPS, QUICK_QUESTIONS, QUICK_SEEDS = 60, 64, 3
@@ -72,8 +79,50 @@ def summary(world: World, policy: str, outcomes: Sequence[Outcome]) -> dict[str,
     }
 
 
+class Results:
+    """Outcomes of runs, in a file of JSON lines where there is one."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """A last line that a stop cut off is taken out. Raises SystemExit, naming the line, for one that is no run."""
+        self._path = path
+        self._known: dict[tuple[str, str, str, int], Outcome] = {}
+        text = path.read_text(encoding="utf-8") if path is not None and path.exists() else ""
+        whole, _, cut = text.rpartition("\n")
+        if path is not None and cut:
+            path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                run = json.loads(line)
+                key = (run["world"], run["policy"], run["settings"], run["seed"])
+                self._known[key] = Outcome(run["share"], run["languages"], run["seconds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise SystemExit(f"{path}:{number}: no run of this tool ({error!r}); give another --results.") from None
+
+    def get(self, world: World, policy: str, seed: int) -> Outcome | None:
+        """The outcome of that run, None where it was not played."""
+        return self._known.get((world.name, policy, settings_key(world, policy), seed))
+
+    def add(self, world: World, policy: str, seed: int, outcome: Outcome) -> None:
+        """Keep a run."""
+        if self._path is None:
+            return
+        key = {"world": world.name, "policy": policy, "settings": settings_key(world, policy), "seed": seed}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(key | asdict(outcome)) + "\n")
+
+
+def settings_key(world: World, policy: str) -> str:
+    """Hexadecimal digits that stand for the size of the world and the settings of the policy in it."""
+    settings = json.dumps([asdict(world.size), asdict(router_config(world, policy))], sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+
+
 def simulate(
-    pairs: Sequence[tuple[World, str]], seeds: Sequence[int], jobs: int, progress: bool = True
+    pairs: Sequence[tuple[World, str]],
+    seeds: Sequence[int],
+    jobs: int,
+    results: Results,
+    progress: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Summaries of all (world, policy) pairs, each as soon as its last seed is done."""
     from tqdm import tqdm
@@ -82,16 +131,26 @@ def simulate(
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     context = multiprocessing.get_context("spawn")
-    found: dict[tuple[str, str], dict[int, Outcome]] = {}
+    found = {
+        (world.name, policy): {s: known for s in seeds if (known := results.get(world, policy, s)) is not None}
+        for world, policy in pairs
+    }
+    yield from (
+        summary(world, policy, [done[s] for s in seeds])
+        for world, policy in pairs
+        if len(done := found[world.name, policy]) == len(seeds)
+    )
+    open_runs = [(world, policy, s) for world, policy in pairs for s in seeds if s not in found[world.name, policy]]
     with (
         ProcessPoolExecutor(jobs, mp_context=context) as pool,
-        tqdm(total=len(pairs) * len(seeds), disable=not progress, unit="run", file=sys.stderr) as bar,
+        tqdm(total=len(open_runs), disable=not progress, unit="run", file=sys.stderr) as bar,
     ):
-        futures = {pool.submit(play, world, policy, s): (world, policy, s) for world, policy in pairs for s in seeds}
+        futures = {pool.submit(play, *run): run for run in open_runs}
         for future in as_completed(futures):
             world, policy, seed = futures.pop(future)
-            done = found.setdefault((world.name, policy), {})
+            done = found[world.name, policy]
             done[seed] = future.result()
+            results.add(world, policy, seed, done[seed])
             bar.update()
             if len(done) == len(seeds):
                 yield summary(world, policy, [done[s] for s in seeds])
@@ -153,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="60 steps of at most 64 questions, 3 seeds")
     parser.add_argument("--json", action="store_true", help="one JSON object per world and policy, no table")
     parser.add_argument("--plot", type=Path, help="write the figure to this PNG")
+    parser.add_argument("--results", type=Path, help="JSON lines, one a run: kept there, and taken from there")
     options = parser.parse_args(arguments)
     seeds = options.seeds or (QUICK_SEEDS if options.quick else 20)
     worlds = [WORLDS[n] for n in (_names(options.worlds, list(WORLDS), "--worlds") if options.worlds else WORLDS)]
@@ -166,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.policies or world.subjects or policy not in ONLY_SUBJECTS
     ]
     rows = []
-    for row in simulate(pairs, range(options.first_seed, options.first_seed + seeds), options.jobs):
+    chosen = range(options.first_seed, options.first_seed + seeds)
+    for row in simulate(pairs, chosen, options.jobs, Results(options.results)):
         rows.append(row)
         if options.json:
             print(json.dumps(row), flush=True)

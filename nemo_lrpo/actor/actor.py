@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -60,6 +61,7 @@ class MegatronActor:
         width = max(len(prompt.token_ids) for prompt in prompts) + budget
         tokens = torch.zeros(total, width, dtype=torch.int64)
         facts = torch.zeros(total, 3, dtype=torch.int64)  # length, ended, valid
+        seconds = torch.zeros(total, dtype=torch.float64)
         self._engine.prepare()
         with self._engine.layout():
             rank, ranks = aligner_state.get_data_parallel_rank(), aligner_state.get_data_parallel_world_size()
@@ -74,6 +76,7 @@ class MegatronActor:
                 if answers:
                     tokens[chunk, : batch.tokens.size(1)] = batch.tokens
                     facts[chunk] = torch.stack((batch.lengths, batch.ended.long(), batch.valid.long()), dim=1)
+                    seconds[chunk] = batch.seconds
                     on_finished(batch)
         self._engine.release()
         # Exactly one rank has filled each row, so the sum over ranks is the union.
@@ -90,6 +93,7 @@ class MegatronActor:
             ended=ended,
             valid=valid,
             texts=(),
+            seconds=collectives.sum_over_ranks(seconds),
         )
 
     def _generate_batch(
@@ -100,8 +104,10 @@ class MegatronActor:
         padded = torch.full((len(prompts), int(prompt_lengths.max()) + budget), eos)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
+        started = time.perf_counter()
         generated = self._engine.generate(padded, prompt_lengths, seeds, temperature)
         tokens, lengths = generated.tokens.cpu(), generated.lengths.cpu()
+        share = (lengths - prompt_lengths).double().clamp(min=1.0)
         in_range = (tokens >= 0) & (tokens < self._tokenizer.vocab_size)
         tokens = torch.where(in_range, tokens, eos)
         rollouts = Rollouts(
@@ -112,6 +118,7 @@ class MegatronActor:
             ended=torch.zeros(len(prompts), dtype=torch.bool),
             valid=in_range.all(dim=1),
             texts=(),
+            seconds=(time.perf_counter() - started) * share / share.sum(),
         )
         last_is_end = tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1) == eos
         rollouts.ended = last_is_end & (lengths > prompt_lengths)

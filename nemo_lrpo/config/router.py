@@ -69,27 +69,31 @@ class DiversityConfig:
 
 @dataclass
 class PriceConfig:
-    """Response tokens as a price: the policy chooses by value - price * (mean tokens of the language / mean over the
+    """What answers cost as a price: the policy chooses by value - price * (mean cost of the language / mean over the
     languages)."""
 
+    unit: str = "tokens"
+    """tokens: of the response; seconds: of generating, the time of a batch shared out among its rollouts by their
+    response tokens, every data parallel rank's own. Measured, so that such a run does not repeat exactly."""
     weight: float = 0.0
     """The price, in units of the objective per average rollout; with a budget, the price to start from. 0 without a
     budget: off."""
-    token_budget: Optional[float] = None
-    """Response tokens that a step may take on average; the price then rises and falls to meet it. null: none."""
+    budget: Optional[float] = None
+    """What a step may cost on average, in `unit`; the price then rises and falls to meet it. null: no limit."""
     rate: float = 0.05
-    """Of the price's steps towards the budget: price <- max(0, price + rate (tokens / budget - 1))."""
+    """Of the price's steps towards the budget: price <- max(0, price + rate (cost / budget - 1))."""
     memory: float = 0.9
-    """Share that a step leaves of the running token counts per language."""
+    """Share that a step leaves of the running costs per language."""
 
     @property
     def active(self) -> bool:
-        return self.weight > 0.0 or self.token_budget is not None
+        return self.weight > 0.0 or self.budget is not None
 
     def check(self, key: str) -> None:
+        check_choice(f"{key}.unit", self.unit, ("tokens", "seconds"))
         check_range(f"{key}.weight", self.weight, at_least=0.0, below=math.inf)
-        if self.token_budget is not None:
-            check_range(f"{key}.token_budget", self.token_budget, above=0.0, below=math.inf)
+        if self.budget is not None:
+            check_range(f"{key}.budget", self.budget, above=0.0, below=math.inf)
         check_range(f"{key}.rate", self.rate, above=0.0, at_most=1.0)
         check_range(f"{key}.memory", self.memory, at_least=0.0, below=1.0)
 
@@ -161,7 +165,7 @@ class FeaturesConfig:
 
     dimension: int = 256
     """Length D of the hashed feature vector; languages * D^2 numbers are kept per memory. Shortened where they would be
-    more than 2^23 (256 fits 128 languages)."""
+    more than 2^21: 256 fits 32 languages, 204 are left for 50, 64 for 500."""
     memory: list[float] = field(default_factory=lambda: [1.0, 0.9])
     """Shares of what was learned that a training step leaves, one model each; the data weights them."""
     sharpness: float = 4.0

@@ -43,9 +43,10 @@ class LanguageRouter(Protocol):
         before.
         """
 
-    def observe_costs(self, plan: LanguagePlan, tokens: NDArray[np.float64]) -> None:
-        """Take in what the rows of `plan` cost: response tokens, float64 [R] >= 0 (or any other measure, the same in
-        `router.price.token_budget`). Called at most once per step, after or before `observe`; needed for a price only.
+    def observe_costs(self, plan: LanguagePlan, costs: NDArray[np.float64]) -> None:
+        """Take in what the rows of `plan` cost, in `router.price.unit`: float64 [R] >= 0, the same on every rank.
+
+        Called at most once per step, after or before `observe`; needed for a price only.
         """
 
     def distribution(self, prompt: Prompt) -> Probabilities:

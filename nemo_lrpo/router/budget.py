@@ -105,16 +105,22 @@ class Price:
         memory, languages = self._config.memory, len(self.cost)
         self.cost = memory * self.cost + np.bincount(language, cost, languages)
         self.rollouts = memory * self.rollouts + np.bincount(language, minlength=languages)
-        if self._config.token_budget is not None:
-            excess = float(cost.sum()) / self._config.token_budget - 1.0
+        if self._config.budget is not None:
+            excess = float(cost.sum()) / self._config.budget - 1.0
             self.price = max(0.0, self.price + self._config.rate * excess)
 
     def state(self) -> dict[str, Any]:
         """JSON values and arrays."""
-        return {"cost": self.cost.copy(), "rollouts": self.rollouts.copy(), "price": float(self.price)}
+        return {
+            "unit": self._config.unit,
+            "cost": self.cost.copy(),
+            "rollouts": self.rollouts.copy(),
+            "price": float(self.price),
+        }
 
     def restore(self, part: str, saved: Mapping[str, Any], fit: Fit) -> None:
-        """Continue from `state()`. Raises RouterStateError, naming `part`, for a state that is damaged."""
+        """Continue from `state()`; costs in another unit begin anew. Raises RouterStateError, naming `part`, for a
+        state that is damaged."""
         length = (len(fit.places["languages"]),)
         cost, rollouts = (
             fit.array(f"{part}.{name}", finite_array(saved, name, length), ("languages",))
@@ -123,9 +129,11 @@ class Price:
         price = finite_array(saved, "price", ())
         if price < 0.0 or (cost < 0.0).any() or (rollouts < 0.0).any():
             raise RouterStateError(f"router state: {part!r} holds a negative number.")
+        if saved.get("unit", "tokens") != self._config.unit:
+            return
         self.cost, self.rollouts = cost, rollouts
         # Without a budget the price does not move: that of the configuration holds.
-        if self._config.token_budget is not None:
+        if self._config.budget is not None:
             self.price = float(price)
 
     @property

@@ -35,12 +35,14 @@ _PRIOR_WEIGHT = 3.0
 """What the prior variances count, in well-determined effects."""
 _SMALLEST = 1e-6
 """Variances do not fall below this share of the noise variance."""
-_NUMBERS = 1 << 23
-"""Most numbers of one model's moments, 64 MB."""
+_NUMBERS = 1 << 21
+"""Most numbers of one model's moments, 16 MB; time to learn grows with them, times D."""
+_KNOWN_CONTEXTS = 1 << 14
+"""Contexts whose features are kept; beyond, the memory starts anew."""
 
 
 def fitting_dimension(wanted: int, languages: int) -> int:
-    """The largest D <= wanted with languages * D^2 <= 2^23: 128 for 500 languages, 747 for 15."""
+    """The largest D <= wanted with languages * D^2 <= 2^21: 64 for 500 languages, 373 for 15."""
     return min(wanted, int((_NUMBERS / languages) ** 0.5))
 
 
@@ -69,6 +71,17 @@ class _Fit:
         mean, variance = self.weights.predict(features)
         return self.centre + mean, variance
 
+    def predict_one(self, language: int, features: Array) -> tuple[Array, Array]:
+        """As `predict`, [C] each, of one language."""
+        mean, variance = self.weights.predict_one(language, features)
+        return self.centre + mean, variance
+
+
+def _by_language(evidence: Evidence, languages: int) -> list[NDArray[np.int64]]:
+    """The rows of each language, in their order."""
+    order = np.argsort(evidence.language, kind="stable")
+    return np.split(order, np.searchsorted(evidence.language[order], np.arange(1, languages)))
+
 
 class FeaturePolicy:
     """See the module's docstring."""
@@ -88,7 +101,9 @@ class FeaturePolicy:
         self._settings = config.features
         self._languages, self._groups = len(languages), relatives(languages)
         self._dimension = fitting_dimension(self._settings.dimension, self._languages)
-        self._features = ContextHasher(self._dimension)
+        self._hasher = ContextHasher(self._dimension)
+        # A cache, no state.
+        self._known: dict[Context, Array] = {}
         self._triangle = np.tril_indices(self._dimension)
         self._memories = Memories(self._settings.memory)
         shape = (self._languages, self._dimension, self._dimension)
@@ -117,6 +132,14 @@ class FeaturePolicy:
         found["noise"] = float(np.sqrt(weights @ [m.noise for m in self._moments]))
         return found
 
+    def _features(self, contexts: Sequence[Context]) -> Array:
+        """phi of each context, float64 [C, D]."""
+        if len(self._known) + len(contexts) > _KNOWN_CONTEXTS:
+            self._known = {}
+        missing = list(dict.fromkeys(context for context in contexts if context not in self._known))
+        self._known.update(zip(missing, self._hasher(missing)))
+        return np.array([self._known[context] for context in contexts]).reshape(-1, self._dimension)
+
     def _predicted(self, features: Array) -> tuple[Array, Array]:
         """Posterior mean and variance of every value, float64 [M, C, L] each."""
         found = [fit.predict(features) for fit in self._fits]
@@ -127,34 +150,35 @@ class FeaturePolicy:
     def learn(self, evidence: Evidence) -> None:
         """See LanguagePolicy."""
         features = self._features(evidence.contexts)
+        by_language = _by_language(evidence, self._languages)
+        rows = [features[evidence.context[at]] for at in by_language]
+        values = [evidence.value[at] for at in by_language]
         if len(evidence.value):
-            self._judge(features, evidence)
-        shape = (len(evidence.contexts), self._languages)
-        cell = evidence.context.astype(np.int64) * self._languages + evidence.language
-        count, total = (
-            np.bincount(cell, weights, shape[0] * shape[1]).astype(np.float64).reshape(shape)
-            for weights in (None, evidence.value)
-        )
-        gram = (features.T * count.T[:, None, :]) @ features
+            self._judge(rows, values)
+        gram = np.stack([phi.T @ phi for phi in rows])
         # Symmetric to the bit, as only a triangle is saved.
         gram = 0.5 * (gram + gram.swapaxes(1, 2))
+        product = np.stack([value @ phi for phi, value in zip(rows, values)])
         for moments, kept in zip(self._moments, self._memories.keep**evidence.steps):
             moments.gram = moments.gram * kept + gram
-            moments.product = moments.product * kept + total.T @ features
+            moments.product = moments.product * kept + product
             moments.squares = moments.squares * kept + float((evidence.value**2).sum())
             moments.count = moments.count * kept + float(len(evidence.value))
             if moments.count >= 1.0:
                 self._rescale(moments)
         self._fits = [self._fit(moments) for moments in self._moments]
 
-    def _judge(self, features: Array, evidence: Evidence) -> None:
-        """Weigh the memories by how well each predicted the window's values."""
-        rows = evidence.context, evidence.language
+    def _judge(self, rows: Sequence[Array], values: Sequence[Array]) -> None:
+        """Weigh the memories by how well each predicted the window's values, by language [n] with features [n, D]."""
         self._memories.judge(
             np.array(
                 [
-                    normal_log_likelihood(evidence.value, mean[rows], variance[rows] + moments.noise)
-                    for mean, variance, moments in zip(*self._predicted(features), self._moments)
+                    sum(
+                        normal_log_likelihood(value, mean, variance + moments.noise)
+                        for x, (phi, value) in enumerate(zip(rows, values))
+                        for mean, variance in [fit.predict_one(x, phi)]
+                    )
+                    for fit, moments in zip(self._fits, self._moments)
                 ]
             )
         )
@@ -171,14 +195,14 @@ class FeaturePolicy:
         known = float((moments.gram * fit.weights.covariance).sum()) / moments.noise
         noise = float(residual) / max(moments.count - known, 0.5 * moments.count)
         moments.noise = max(noise, 1e-3 * spread / moments.count, 1e-12)
-        levels = updated_variances(fit.weights, self._features.blocks, moments.noise * _PRIOR, _PRIOR_WEIGHT)
+        levels = updated_variances(fit.weights, self._hasher.blocks, moments.noise * _PRIOR, _PRIOR_WEIGHT)
         moments.levels = np.maximum(levels, _SMALLEST * moments.noise)
 
     def _fit(self, moments: _Moments) -> _Fit:
         # The first feature is 1, so that the first column of gram sums phi and that of product sums y.
         centre = float(moments.product[:, 0].sum() / max(moments.count, 1e-12))
         shift = moments.product - centre * moments.gram[:, 0]
-        variances = moments.levels[:, self._features.blocks]
+        variances = moments.levels[:, self._hasher.blocks]
         return _Fit(
             centre, tree_posterior(moments.gram / moments.noise, shift / moments.noise, self._groups, variances)
         )

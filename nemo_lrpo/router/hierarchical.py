@@ -25,7 +25,7 @@ from nemo_lrpo.config.router import RouterConfig
 from nemo_lrpo.router.base import finite_array
 from nemo_lrpo.router.memories import Memories, check_same, normal_log_likelihood
 from nemo_lrpo.router.policy import Context, Evidence
-from nemo_lrpo.router.questions import QuestionEffects
+from nemo_lrpo.router.questions import QuestionEffects, WindowSums
 from nemo_lrpo.router.tables import Cell, CellTable, cell_of
 from nemo_lrpo.router.tree import TreePosterior, tree_posterior, updated_variances
 from nemo_lrpo.router.typology import relatives
@@ -117,7 +117,7 @@ class HierarchicalPolicy:
         self._scales = [_Scales() for _ in range(models)]
         # Discounted sum of squares within cells and windows, and its degrees of freedom.
         self._squares, self._freedom = np.zeros(models), np.zeros(models)
-        self._refit()
+        self._refit(self._features(self._table.contexts))
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -177,49 +177,47 @@ class HierarchicalPolicy:
     def learn(self, evidence: Evidence) -> None:
         """See LanguagePolicy."""
         kept = self._memories.keep**evidence.steps
-        expected = self._memories.mean(self._predicted(evidence.contexts)[0])
-        window = self._questions.take_out(evidence, expected)
+        means, variances = self._predicted(evidence.contexts)
+        window = self._questions.take_out(evidence, self._memories.mean(means))
         if len(evidence.value):
-            self._judge(evidence.contexts, window.count, window.total)
+            self._judge(window, means, variances)
         self._table.decay(kept)
         self._table.add(evidence.contexts, window.count, window.total)
         self._squares = self._squares * kept + window.squares
         self._freedom = self._freedom * kept + window.freedom
-        for m in range(len(self._scales)):
-            self._rescale(m)
-        self._refit()
+        features = self._features(self._table.contexts)
+        self._scales = [self._rescaled(m, features) for m in range(len(self._scales))]
+        self._refit(features)
 
-    def _judge(self, contexts: Sequence[Context], count: Array, total: Array) -> None:
-        """Weigh the memories by how well each predicted the means of the window's cells."""
-        seen = count > 0
-        means, variances = self._predicted(contexts)
-        window = total[seen] / count[seen]
+    def _judge(self, window: WindowSums, means: Array, variances: Array) -> None:
+        """Weigh the memories by how well each predicted the means of the window's cells; [M, C, L]."""
+        seen = window.count > 0
+        count = window.count[seen]
+        value = window.total[seen] / count
         self._memories.judge(
             np.array(
                 [
-                    normal_log_likelihood(window, mean[seen], variance[seen] + scales.noise / count[seen])
+                    normal_log_likelihood(value, mean[seen], variance[seen] + scales.noise / count)
                     for mean, variance, scales in zip(means, variances, self._scales)
                 ]
             )
         )
 
-    def _rescale(self, m: int) -> None:
-        """Move model m's variances one step towards those that make its data likeliest (MacKay)."""
+    def _rescaled(self, m: int, features: Array) -> _Scales:
+        """Model m's scales, variances moved one step towards those that make its data likeliest (MacKay)."""
         if self._freedom[m] < 1.0:
-            return
+            return self._scales[m]
         noise = max(float(self._squares[m] / self._freedom[m]), _LEAST_NOISE)
-        features = self._features(self._table.contexts)
-        count, total = self._data(m)
         fit = self._fit(m, features)
-        *_, own, known = fit.predict(features, count, total)
+        *_, own, known = fit.predict(features, *self._data(m))
         levels = updated_variances(fit.effects, self._blocks, noise * _PRIOR, _PRIOR_WEIGHT)
         of_own = ((own**2).sum() + _PRIOR_WEIGHT * noise * _PRIOR_OWN) / (known.sum() + _PRIOR_WEIGHT)
         least = _SMALLEST * noise
-        self._scales[m] = _Scales(np.maximum(levels, least), max(float(of_own), least), noise)
+        return _Scales(np.maximum(levels, least), max(float(of_own), least), noise)
 
-    def _refit(self) -> None:
-        """Take the data in under the present scales; what was predicted before no longer holds."""
-        features = self._features(self._table.contexts)
+    def _refit(self, features: Array) -> None:
+        """Take the data in under the present scales; what was predicted before no longer holds. `features`: those of
+        all cells."""
         self._fits = [self._fit(m, features) for m in range(len(self._scales))]
         self._known: dict[Cell, Array] = {}
 
@@ -268,4 +266,4 @@ class HierarchicalPolicy:
         self._table, self._questions = table, QuestionEffects(questions)
         self._memories.weights, self._squares, self._freedom = weights, squares, freedom
         self._scales = [_Scales(*each) for each in zip(levels, own.tolist(), noise.tolist())]
-        self._refit()
+        self._refit(self._features(self._table.contexts))

@@ -16,8 +16,8 @@ Array = NDArray[np.float64]
 _SWITCH = 0.02
 """Probability per window that another memory becomes the right one (fixed share, Herbster and Warmuth): no weight
 falls below this share of the uniform one, so that a memory that was wrong for long can come back at once."""
-_NEGLIGIBLE = 1e-3
-"""Memories of less weight do not enter the probabilities, nor their cost the time."""
+_NEGLIGIBLE = 2.0 * _SWITCH
+"""Memories of less than this share of the uniform weight do not enter the probabilities, nor their cost the time."""
 
 
 class Memories:
@@ -42,7 +42,7 @@ class Memories:
         `sharpness`, rows sum to 1. `means`, `variances`: float64 [M, C, L]; `charges`: [L] in units of the values."""
         total = np.zeros(means.shape[1:])
         for weight, mean, variance in zip(self.weights, means, variances):
-            if weight > _NEGLIGIBLE or len(self.weights) == 1:
+            if weight * len(self.weights) > _NEGLIGIBLE:
                 total += weight * probability_best(mean if charges is None else mean - charges, np.sqrt(variance))
         return sharpened(total, sharpness)
 

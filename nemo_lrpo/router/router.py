@@ -242,14 +242,14 @@ class BanditRouter:
     def _unknown(self, context: Context) -> int:
         return len(set(context.topics) - set(self.topics)) + len(set(context.regions) - set(self.regions))
 
-    def observe_costs(self, plan: LanguagePlan, tokens: NDArray[np.float64]) -> None:
+    def observe_costs(self, plan: LanguagePlan, costs: NDArray[np.float64]) -> None:
         """See LanguageRouter."""
-        tokens = np.asarray(tokens, np.float64)
-        if tokens.shape != (len(plan),) or not (np.isfinite(tokens) & (tokens >= 0.0)).all():
+        costs = np.asarray(costs, np.float64)
+        if costs.shape != (len(plan),) or not (np.isfinite(costs) & (costs >= 0.0)).all():
             raise ValueError(f"costs must be finite and >= 0, one for each of {len(plan)} rows.")
         # Sorted: sums of costs that are no whole numbers depend on the order.
-        order = np.lexsort((tokens, plan.language))
-        self._price.observe(plan.language[order], tokens[order])
+        order = np.lexsort((costs, plan.language))
+        self._price.observe(plan.language[order], costs[order])
 
     # --- state and log --------------------------------------------------------------------------------------------
 

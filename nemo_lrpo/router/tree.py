@@ -20,6 +20,8 @@ Array = NDArray[np.float64]
 
 _TILE = 64
 """Rows."""
+_CHUNK = 1 << 21
+"""Entries of [L, rows, D] that are worked on at once."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,23 @@ class TreePosterior:
         # Matrix products take the rows past the last full tile another way, which rounds differently.
         padded = np.zeros((-(-len(features) // _TILE) * _TILE, features.shape[1]))
         padded[: len(features)] = features
-        mean = (padded @ self.mean.T)[: len(features)]
-        variance = np.einsum("lcd,cd->cl", (padded @ self.covariance)[:, : len(features)], features)
-        # Rounding may leave the smallest ones below zero where effects differ in size by many orders.
-        return mean, np.maximum(variance, 0.0)
+        mean = padded @ self.mean.T
+        variance = np.empty_like(mean)
+        rows = max(1, _CHUNK // (self.mean.size * _TILE)) * _TILE
+        for start in range(0, len(padded), rows):
+            part = padded[start : start + rows]
+            np.einsum("lcd,cd->cl", part @ self.covariance, part, out=variance[start : start + rows])
+        return mean[: len(features)], _not_negative(variance[: len(features)])
+
+    def predict_one(self, language: int, features: Array) -> tuple[Array, Array]:
+        """As `predict`, [C] each, of one language."""
+        variance = ((features @ self.covariance[language]) * features).sum(axis=1)
+        return features @ self.mean[language], _not_negative(variance)
+
+
+def _not_negative(variance: Array) -> Array:
+    """Rounding may leave the smallest ones below zero where effects differ in size by many orders."""
+    return np.maximum(variance, 0.0)
 
 
 @dataclass(frozen=True)
@@ -88,11 +103,13 @@ def _condition(information: Array, shift: Array, variance: Array) -> tuple[_Node
     """
     root = np.sqrt(variance)
     identity = np.eye(len(variance))
-    inverse = np.linalg.inv(identity + root[:, None] * information * root)
+    square = root[:, None] * root
+    inverse = np.linalg.inv(identity + square * information)
     inverse = 0.5 * (inverse + inverse.swapaxes(1, 2))
-    own = root * np.einsum("nij,nj->ni", inverse, root * shift)
-    node = _Node(own, root[:, None] * inverse / root, root[:, None] * inverse * root)
-    return node, ((identity - inverse) / root[:, None] / root, own / variance)
+    covariance = square * inverse
+    own = (covariance @ shift[:, :, None])[:, :, 0]
+    node = _Node(own, inverse * (root[:, None] / root), covariance)
+    return node, ((identity - inverse) / square, own / variance)
 
 
 def _descend(node: _Node, parent: Array, parent_covariance: Array) -> tuple[Array, Array, Array, Array]:
@@ -100,19 +117,20 @@ def _descend(node: _Node, parent: Array, parent_covariance: Array) -> tuple[Arra
 
     parent, parent_covariance: posterior of each node's parent, [N or 1, D] and [N or 1, D, D].
     """
-    mean = node.own + np.einsum("nij,nj->ni", node.gain, np.broadcast_to(parent, node.own.shape))
-    covariance = node.covariance + node.gain @ parent_covariance @ node.gain.swapaxes(1, 2)
+    mean = node.own + (node.gain @ np.broadcast_to(parent, node.own.shape)[:, :, None])[:, :, 0]
+    carried = node.gain @ parent_covariance
+    covariance = node.covariance + carried @ node.gain.swapaxes(1, 2)
+    # Of (gain - 1) parent + own.
     away = node.gain - np.eye(node.own.shape[1])
-    step_variance = np.einsum("nii->ni", node.covariance) + np.einsum(
-        "nij,nij->ni", away @ np.broadcast_to(parent_covariance, node.gain.shape), away
-    )
+    step_variance = np.einsum("nii->ni", node.covariance) + ((carried - parent_covariance) * away).sum(axis=2)
     return mean, covariance, mean - parent, step_variance
 
 
 def _sum_by(members: NDArray[np.int64], values: Array) -> Array:
-    total = np.zeros((int(members.max()) + 1, *values.shape[1:]))
-    np.add.at(total, members, values)
-    return total
+    """Sums over the rows of each member number; every number from 0 to the largest occurs."""
+    order = np.argsort(members, kind="stable")
+    starts = np.searchsorted(members[order], np.arange(int(members.max()) + 1))
+    return np.add.reduceat(values[order], starts, axis=0)
 
 
 def updated_variances(posterior: TreePosterior, blocks: Sequence[int], prior: Array, weight: float) -> Array:

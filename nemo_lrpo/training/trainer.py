@@ -105,7 +105,7 @@ class LrpoTrainer:
             metrics = self._update(batch, plan)
         with time("observe"):
             self._router.observe(plan, rewards)
-            self._router.observe_costs(plan, (rollouts.lengths - rollouts.prompt_lengths).double().numpy())
+            self._router.observe_costs(plan, cost_column(rollouts, config.router.price.unit))
         self._step += 1
         return self._record(plan, rollouts, scores, batch, groups, metrics)
 
@@ -312,6 +312,15 @@ def reward_column(plan: LanguagePlan, scores: Mapping[str, Score]) -> NDArray[np
     """float64 [R]: the reward of each row of `plan`, NaN where there is none."""
     found = [scores.get(sample_id) for sample_id in plan.sample_ids]
     return np.array([np.nan if score is None or score.reward is None else score.reward for score in found], np.float64)
+
+
+def cost_column(rollouts: Rollouts, unit: str) -> NDArray[np.float64]:
+    """float64 [R]: what each rollout cost, `unit` as in router.price: response tokens or seconds of generating."""
+    if unit == "tokens":
+        return (rollouts.lengths - rollouts.prompt_lengths).double().numpy()
+    if rollouts.seconds is None:
+        raise ValueError("router.price.unit=seconds: the actor did not measure them; accepted here: tokens.")
+    return rollouts.seconds.numpy()
 
 
 def dump_batch(path: Path, batch: TrainingBatch, sample_ids: Sequence[str], reason: str) -> None:

@@ -496,8 +496,8 @@ def test_the_feature_policy_tells_topics_that_it_never_saw_by_their_words() -> N
 
 
 def test_the_feature_vector_shrinks_with_the_number_of_languages() -> None:
-    assert fitting_dimension(256, 15) == 256 and fitting_dimension(256, 128) == 256
-    assert fitting_dimension(256, 500) == 129 and 500 * 129**2 <= 2**23 < 500 * 130**2
+    assert fitting_dimension(256, 15) == 256 and fitting_dimension(256, 32) == 256
+    assert fitting_dimension(256, 500) == 64 and 500 * 64**2 <= 2**21 < 500 * 65**2
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

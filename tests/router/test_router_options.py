@@ -365,7 +365,7 @@ def test_without_a_price_costs_change_nothing() -> None:
     assert "price" not in router.metrics()
 
 
-def test_a_token_budget_is_met() -> None:
+def test_a_budget_is_met() -> None:
     """Japanese answers take 300 tokens and pay best; 8 of 8 slots drawn. The unpriced router spends about 58,000 a
     step, all-German is 19,200. The price settles where a step takes the budget, and rises from nothing."""
     tokens = {"de": 100.0, "en": 150.0, "fr": 200.0, "ja": 300.0}
@@ -375,7 +375,7 @@ def test_a_token_budget_is_met() -> None:
         router = build(
             reserved_slots=0,
             temperature=ScheduleConfig(init=0.1, min=0.1),
-            price=PriceConfig(token_budget=budget, rate=0.1),
+            price=PriceConfig(budget=budget, rate=0.1),
         )
         for step in range(250):
             plan = router.route(questions(24), 8, step)
@@ -390,7 +390,7 @@ def test_a_token_budget_is_met() -> None:
 
 
 def test_a_budget_that_is_not_needed_costs_nothing() -> None:
-    router = priced({"de": 100.0, "en": 200.0}, token_budget=1000.0)
+    router = priced({"de": 100.0, "en": 200.0}, budget=1000.0)
     assert router.metrics()["price"] == 0.0
     np.testing.assert_allclose(router.distribution(prompt("q")), 0.25)
 

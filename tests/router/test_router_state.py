@@ -49,7 +49,7 @@ def advance(router: BanditRouter, steps: range) -> list[list[Any]]:
 
 EVERYTHING = {
     "objective": ObjectiveConfig(name="progress"),
-    "price": PriceConfig(token_budget=900.0),
+    "price": PriceConfig(budget=900.0),
     "rollouts": RolloutsConfig(adaptive=True, min=2, max=6),
     "diversity": DiversityConfig(min_languages=3),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +54,7 @@ class Questions:
         self._subject = np.zeros(world.topics, np.int64)
         self.topics = tuple(f"topic {i}" for i in range(world.topics))
         self.regions = tuple(f"region {i}" for i in range(world.regions))
+        self._prompts: dict[tuple[int, int, int, int], Prompt] = {}
         if world.subjects:
             self._name_topics()
 
@@ -68,8 +71,6 @@ class Questions:
         )
 
     def _text(self, topic: int) -> str:
-        if not self._world.subjects:
-            return "question"
         own, common = self._rng.choice(self._own[self._subject[topic]], 12), self._rng.choice(self._common, 12)
         return " ".join(np.where(self._rng.random(12) < 0.33, own, common))
 
@@ -79,17 +80,33 @@ class Questions:
         topic = self._zipf(world.topics, count)
         region = self._zipf(world.regions, count) if world.regions else np.zeros(count, np.int64)
         language = self._zipf(len(LANGUAGES), count)
+        met: Counter[tuple[int, int, int]] = Counter()
         prompts = []
-        for i, (t, g, x) in enumerate(zip(topic.tolist(), region.tolist(), language.tolist())):
-            regions = (self.regions[g],) if world.regions else ()
-            prompts.append(
-                Prompt(f"{step}-{i}", self._text(t), "", LANGUAGES[x], LANGUAGES[x], (self.topics[t],), regions)
-            )
+        for place in zip(topic.tolist(), region.tolist(), language.tolist()):
+            prompts.append(self._prompt(step, *place, met[place]))
+            met[place] += 1
         return prompts, (self._subject[topic] if world.subjects else topic), region
+
+    def _prompt(self, step: int, topic: int, region: int, language: int, number: int) -> Prompt:
+        """`number` of a step's questions in one place; without words the same one in every step."""
+        subjects = self._world.subjects
+        key = (topic, region, language, number)
+        if subjects or key not in self._prompts:
+            name, text = "-".join(map(str, (step, *key) if subjects else key)), self._text(topic) if subjects else ""
+            code, regions = LANGUAGES[language], (self.regions[region],) if self.regions else ()
+            self._prompts[key] = Prompt(name, text, "", code, code, (self.topics[topic],), regions)
+        return self._prompts[key]
 
     def _zipf(self, size: int, count: int) -> NDArray[np.int64]:
         weights = 1.0 / np.arange(1, size + 1) ** self._world.skew
         return self._rng.choice(size, size=count, p=weights / weights.sum())
+
+
+@cache
+def router_config(world: World, policy: str) -> RouterConfig:
+    """The settings of `policy` (a name in POLICIES) in `world`."""
+    tree = compose("train", [*POLICIES[policy], f"router.update_every={world.size.update_every}"])
+    return to_dataclass(RouterConfig, tree.router, "router")
 
 
 def play(world: World, policy: str, seed: int) -> Outcome:
@@ -97,9 +114,7 @@ def play(world: World, policy: str, seed: int) -> Outcome:
     start = time.process_time()
     truth = world.truth(np.random.default_rng([seed, 0]), world.size.steps)
     questions, rewards = Questions(world, seed), np.random.default_rng([seed, 2])
-    tree = compose("train", [*POLICIES[policy], f"router.update_every={world.size.update_every}"])
-    config = to_dataclass(RouterConfig, tree.router, "router")
-    router = build_router(config, LANGUAGES, questions.topics, questions.regions, seed)
+    router = build_router(router_config(world, policy), LANGUAGES, questions.topics, questions.regions, seed)
     gained = gap = languages = 0.0
     for step in range(world.size.steps):
         prompts, row, column = questions.draw(step)
@@ -111,6 +126,7 @@ def play(world: World, policy: str, seed: int) -> Outcome:
         uniform, best = values.mean(axis=1)[plan.group], values.max(axis=1)[plan.group]
         gained += float((value - uniform)[drawn].sum())
         gap += float((best - uniform)[drawn].sum())
-        languages += len(np.unique(np.stack([plan.group, plan.language]), axis=1).T) / len(prompts)
+        pairs = np.bincount(plan.group * np.int64(len(LANGUAGES)) + plan.language)
+        languages += np.count_nonzero(pairs) / len(prompts)
         router.observe(plan, (rewards.random(len(value)) < value).astype(np.float64))
     return Outcome(gained / gap, languages / world.size.steps, time.process_time() - start)
