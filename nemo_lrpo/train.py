@@ -19,12 +19,13 @@ import hydra
 from omegaconf import DictConfig
 
 from nemo_lrpo.config.checks import ConfigError
-from nemo_lrpo.config.loader import CONFIG_DIR, load_train_config
+from nemo_lrpo.config.loader import CONFIG_DIR, load_train_config, save_run_config
 from nemo_lrpo.config.schema import TrainConfig
 
 
-def run(config: TrainConfig) -> None:
-    """Put the rooms together and train. Every refusal comes before the model is loaded."""
+def run(config: TrainConfig, tree: DictConfig) -> None:
+    """Put the rooms together and train. Every refusal comes before the model is loaded; `tree`, which `config` was
+    loaded from, is kept in run_dir."""
     from nemo_lrpo.actor.platform import ensure_platform
 
     ensure_platform()
@@ -83,6 +84,8 @@ def run(config: TrainConfig) -> None:
             trainer.load_state_dict(checkpoint)
             if actor.is_main:
                 print(f"Continuing after step {checkpoint.state['step']} from {checkpoint.path}", flush=True)
+        if actor.is_main:
+            save_run_config(tree, config.run_dir)
         trainer.fit()
         if loop.export_nemo and trainer.finished:
             trainer.export(Path(config.run_dir) / "model.nemo")
@@ -118,7 +121,7 @@ def exit_readably() -> Iterator[None]:
 def main(tree: DictConfig) -> None:
     """Entry point."""
     with exit_readably():
-        run(load_train_config(tree))
+        run(load_train_config(tree), tree)
 
 
 if __name__ == "__main__":

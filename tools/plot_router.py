@@ -1,18 +1,18 @@
 """What a router has learned, as pictures and as one HTML page that needs nothing but a browser.
 
-    python tools/plot_router.py results/demo/run --out results/demo/router
+    python tools/plot_router.py results/demo/run
     python tools/plot_router.py model.nemo --out router --router published router.temperature.min=0.5
 
-SOURCE is a run directory (metrics.jsonl, and the router's state in the newest checkpoint or in model.nemo), a
-checkpoint directory, a .nemo, a router's state as JSON, or a metrics.jsonl alone. A state gives heat maps of
-probability and value, topic by language and region by language; a log gives curves over the steps: entropy,
+SOURCE is a run directory (metrics.jsonl, config.yaml, and the router's state in the newest checkpoint or in
+model.nemo), a checkpoint directory, a .nemo, a router's state as JSON, or a metrics.jsonl alone. A state gives heat
+maps of probability and value, topic by language and region by language; a log gives curves over the steps: entropy,
 probability, share and value of every language. --out gets the pictures (PNG) and router.html, which holds them all.
 
 Probabilities are what a drawn slot is drawn from at the state's step, exploration included: of a topic for questions
 without region, of a region as the mean over all topics. A policy that looks at the question's language is shown as the
-mean over question languages, one that looks at its text on an empty one. The settings are those of conf/train.yaml (or
-demo.yaml) and conf/router/NAME.yaml with the given overrides; where the log shows that the run had others, the tool
-stops.
+mean over question languages, one that looks at its text on an empty one. The settings are those of the run's own
+config.yaml; where there is none, or --config or --router are given, those of conf/train.yaml (or demo.yaml) and
+conf/router/NAME.yaml. Overrides come on top. Where the log shows that the run had others, the tool stops.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ import argparse
 import base64
 import html
 import io
-import json
 import math
 import sys
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 
@@ -41,20 +39,20 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from nemo_lrpo.config.checks import ConfigError  # noqa: E402
-from nemo_lrpo.config.loader import CONFIG_DIR, compose, to_dataclass  # noqa: E402
-from nemo_lrpo.config.router import RouterConfig  # noqa: E402
-from nemo_lrpo.router import RouterStateError, build_router  # noqa: E402
 from nemo_lrpo.router.policy import Context  # noqa: E402
 from nemo_lrpo.router.router import BanditRouter  # noqa: E402
-from nemo_lrpo.training.checkpoint import MANIFEST_FILE, CheckpointError, CheckpointStore  # noqa: E402
-from nemo_lrpo.training.checkpoint import load as load_checkpoint  # noqa: E402
 from nemo_lrpo.types import Prompt  # noqa: E402
+from tools.saved_router import (  # noqa: E402
+    LOG,
+    Rebuilt,
+    Record,
+    SavedRouterError,
+    Source,
+    read_source,
+    rebuild,
+)
 
 Table = NDArray[np.float64]
-Record = dict[str, Any]
-
-LOG, NEMO, NEMO_ENTRY = "metrics.jsonl", "model.nemo", "lrpo_router.json"
 SHOWN_ROWS = 60
 """Topics or regions of a heat map; of more, those furthest from their mean."""
 SHOWN_CURVES = 20
@@ -63,19 +61,6 @@ QUESTION_LANGUAGES = 16
 """Question languages that are averaged over; of more, as many evenly spaced ones."""
 LAST_STEPS = 10
 """The table of languages averages the log over so many last steps."""
-
-
-class PlotError(ValueError):
-    """An input is missing or not what it should be; the message names file and key."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What was found: the router's state and the training records of a log, either may be missing."""
-
-    path: Path
-    state: dict[str, Any] | None = None
-    log: list[Record] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -98,134 +83,6 @@ class Curves:
     lines: dict[str, tuple[list[float], list[float]]]
     level: float | None = None
     """A dashed line for comparison."""
-
-
-# --- reading ------------------------------------------------------------------------------------------------------
-
-
-def read_source(path: Path) -> Source:
-    """See the module's docstring. Raises PlotError where there is nothing to show."""
-    if not path.exists():
-        raise PlotError(f"{path}: no such file or directory.")
-    if path.suffix == ".jsonl":
-        return Source(path, log=read_log(path))
-    if path.suffix == ".nemo":
-        return Source(path, read_nemo(path))
-    if path.is_file():
-        return Source(path, _router_state(_json(path, path.read_bytes()), path))
-    if (path / MANIFEST_FILE).is_file():
-        return Source(path, _of_checkpoint(path, lambda: load_checkpoint(path)))
-    state = _of_checkpoint(path, CheckpointStore(path / "checkpoints", 0).latest)
-    if state is None and (path / NEMO).is_file():
-        state = read_nemo(path / NEMO)
-    log = read_log(path / LOG) if (path / LOG).is_file() else []
-    if state is None and not log:
-        raise PlotError(
-            f"{path}: neither a complete checkpoint in checkpoints/, nor {NEMO}, nor {LOG}; give a run_dir."
-        )
-    return Source(path, state, log)
-
-
-def _of_checkpoint(path: Path, load: Callable[[], Any]) -> dict[str, Any] | None:
-    try:
-        checkpoint = load()
-    except CheckpointError as error:
-        raise PlotError(str(error)) from error
-    return None if checkpoint is None else _router_state(checkpoint.state, checkpoint.path)
-
-
-def read_nemo(path: Path) -> dict[str, Any]:
-    """The router's state inside a .nemo."""
-    try:
-        with tarfile.open(path) as archive:
-            member = next((one for one in archive if Path(one.name).name == NEMO_ENTRY), None)
-            content = None if member is None else archive.extractfile(member).read()
-    except (tarfile.TarError, OSError) as error:
-        raise PlotError(f"{path}: not a .nemo ({error}).") from error
-    if content is None:
-        raise PlotError(f"{path}: has no {NEMO_ENTRY}; only models that a run exported carry a router.")
-    return _router_state(_json(path, content), path)
-
-
-def read_log(path: Path) -> list[Record]:
-    """The training records of a metrics.jsonl."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = [_json(path, line, number) for number, line in enumerate(lines, start=1)]
-    train = [record for record in records if isinstance(record, dict) and record.get("kind") == "train"]
-    for record in train:
-        if not isinstance(record.get("step"), (int, float)):
-            raise PlotError(f"{path}: a training record has no 'step'; expected lines as nemo_lrpo.train writes them.")
-    if not train:
-        raise PlotError(f'{path}: no training step was logged (lines with "kind": "train").')
-    return train
-
-
-def _json(path: Path, content: bytes | str, line: int | None = None) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise PlotError(f"{path}{'' if line is None else f':{line}'}: not JSON ({error}).") from error
-
-
-def _router_state(content: Any, path: Path) -> dict[str, Any]:
-    """A router's state, or the one inside a checkpoint's state."""
-    state = content.get("router", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise PlotError(f"{path}: no router's state, but {type(content).__name__}.")
-    for key in ("policy", "languages", "seed", "step"):
-        if key not in state:
-            raise PlotError(f"{path}: {key!r} is missing; it is no router's state (keys: {', '.join(state)}).")
-    return state
-
-
-# --- the router, again --------------------------------------------------------------------------------------------
-
-
-class Rebuilt(NamedTuple):
-    """A router with its state, and the topics under which it draws nothing."""
-
-    router: BanditRouter
-    fixed_topics: frozenset[str]
-
-
-def rebuild(source: Source, name: str | None, overrides: Sequence[str], base: str = "train") -> Rebuilt:
-    """The router of `source.state` with the settings of conf/<base>.yaml and conf/router/<name>.yaml, by default that
-    of the policy."""
-    state = source.state
-    name = name or state["policy"]
-    known = sorted(path.stem for path in (CONFIG_DIR / "router").glob("*.yaml"))
-    if name not in known:
-        raise PlotError(
-            f"{source.path}: there is no conf/router/{name}.yaml; say with --router which one the run had "
-            f"(accepted: {', '.join(known)})."
-        )
-    wrong = [one for one in overrides if not one.lstrip("+~").startswith("router.") or "=" not in one]
-    if wrong:
-        raise PlotError(f"{wrong[0]!r} is no override of the router; accepted: router.KEY=VALUE.")
-    try:
-        tree = compose(base, [f"router={name}", *overrides])
-        config = to_dataclass(RouterConfig, tree.router, "router")
-        names = (state.get(axis) or [] for axis in ("languages", "topics", "regions"))
-        router = build_router(config, *names, seed=state["seed"])
-        router.load_state_dict(state)
-    except RouterStateError as error:
-        raise PlotError(f"{source.path}: {error}") from error
-    except ConfigError as error:
-        raise PlotError(f"conf/router/{name}.yaml: {error}") from error
-    _check_settings(source, router, name)
-    return Rebuilt(router, frozenset(config.fixed_topics))
-
-
-def _check_settings(source: Source, router: BanditRouter, name: str) -> None:
-    """Raise PlotError where the log of the state's step shows other settings than the router's."""
-    record = next((one for one in source.log if one["step"] == source.state["step"]), {})
-    for key, value in router.metrics().items():
-        logged = record.get(f"router/{key}")
-        if logged is not None and not math.isclose(logged, value, rel_tol=1e-6, abs_tol=1e-9):
-            raise PlotError(
-                f"{source.path}: the run logged router/{key}={logged:.6g} at step {record['step']}; with "
-                f"conf/router/{name}.yaml it is {value:.6g}. Give the run's: --config, --router, router.KEY=VALUE."
-            )
 
 
 def heat_maps(rebuilt: Rebuilt) -> Iterator[HeatMap]:
@@ -474,15 +331,15 @@ def _figure(title: str, note: str, png: bytes) -> str:
 
 
 def write(
-    source: Source, out: Path, router_name: str | None = None, overrides: Sequence[str] = (), base: str = "train"
+    source: Source, out: Path, router_name: str | None = None, overrides: Sequence[str] = (), base: str | None = None
 ) -> Path:
     """Write the pictures and the page into `out`; returns the path of the page."""
     plots: list[HeatMap | Curves] = []
     settings = ""
     if source.state is not None:
-        plots += heat_maps(rebuild(source, router_name, overrides, base))
-        chosen = router_name or source.state["policy"]
-        settings = " ".join([f"settings: conf/{base}.yaml, conf/router/{chosen}.yaml", *overrides])
+        rebuilt = rebuild(source, router_name, overrides, base)
+        plots += heat_maps(rebuilt)
+        settings = f"settings: {rebuilt.settings}"
     plots += curves(source.log)
     pictures = [(plot, draw_heat_map(plot) if isinstance(plot, HeatMap) else draw_curves(plot)) for plot in plots]
     out.mkdir(parents=True, exist_ok=True)
@@ -498,14 +355,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="run directory, checkpoint, .nemo, .json or .jsonl")
     parser.add_argument("overrides", nargs="*", metavar="router.KEY=VALUE", help="settings that differ from the file")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the pictures and router.html")
-    parser.add_argument("--config", choices=("train", "demo"), default="train", help="file of conf (default: train)")
-    parser.add_argument("--router", metavar="NAME", help="file of conf/router (default: the state's policy)")
+    parser.add_argument("--out", type=Path, help="directory of the pictures and router.html (default: SOURCE/router)")
+    parser.add_argument("--config", choices=("train", "demo"), help="file of conf, if not the run's own config.yaml")
+    parser.add_argument("--router", metavar="NAME", help="file of conf/router, if not the run's own config.yaml")
     options = parser.parse_args(arguments)
+    if options.out is None and not options.source.is_dir():
+        parser.error("--out: say where to write; only a directory has a default, SOURCE/router")
+    out = options.out or options.source / "router"
     try:
-        path = write(read_source(options.source), options.out, options.router, options.overrides, options.config)
-    except PlotError as error:
-        sys.exit(f"PlotError: {error}")
+        path = write(read_source(options.source), out, options.router, options.overrides, options.config)
+    except SavedRouterError as error:
+        sys.exit(f"SavedRouterError: {error}")
     print(path)
 
 

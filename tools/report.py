@@ -2,17 +2,17 @@
 
     python tools/report.py --run results/demo/run --before before.json --after after.json --out results/demo/report
 
-Reads metrics.jsonl and rollouts.jsonl of the run, the router's state inside its model.nemo, and two evaluations by
-nemo_lrpo.evaluate of the same questions. Writes report.md and PNG plots into --out.
+Reads metrics.jsonl, config.yaml and the router's state (newest checkpoint or model.nemo) of the run, and two
+evaluations by nemo_lrpo.evaluate of the same questions. Writes report.md and PNG plots into --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,16 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from nemo_lrpo.router import from_json  # noqa: E402
+from nemo_lrpo.data.errors import DataError  # noqa: E402
+from nemo_lrpo.data.reader import read_prompts  # noqa: E402
+from nemo_lrpo.types import Prompt  # noqa: E402
+from tools.plot_router import draw_heat_map, heat_maps  # noqa: E402
+from tools.saved_router import Rebuilt, SavedRouterError, Source, read_source, rebuild  # noqa: E402
 
 Records = list[dict[str, Any]]
+
+ASKED = 200
+"""Training questions of each topic and region."""
 
 
 class ReportError(ValueError):
@@ -63,16 +70,6 @@ def read_lines(path: Path) -> Records:
         except ValueError as error:
             raise ReportError(f"{path}:{number}: not JSON ({error}).") from error
     return records
-
-
-def read_router(nemo: Path) -> dict[str, Any] | None:
-    """The router's final state from a .nemo, what the policy learned at its top; None where there is none."""
-    if not nemo.is_file():
-        return None
-    with tarfile.open(nemo) as archive:
-        member = archive.extractfile("./lrpo_router.json")
-        state = None if member is None else from_json(json.load(member))
-    return None if state is None else {**state, **state["learned"]}
 
 
 def gains(before: Records, after: Records, samples: int = 2000) -> list[Gain]:
@@ -150,23 +147,6 @@ def plot_router(train: Records, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_tables(router: dict[str, Any], path: Path) -> None:
-    """The router's values: a row per topic and region, a column per language."""
-    tables = [("topics", "topic_values"), ("regions", "region_values")]
-    names, rows = [], []
-    for labels, key in tables:
-        names += list(router.get(labels, []))
-        rows += list(router.get(key, []))
-    values = np.array(rows, dtype=float)
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.2))
-    limit = np.abs(values).max() or 1.0
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(router["languages"])), router["languages"])
-    axes.set_yticks(range(len(names)), names)
-    figure.colorbar(image, ax=axes, label="value")
-    _save(figure, path)
-
-
 def movement(train: Records) -> tuple[float, list[tuple[str, float]]]:
     """How far the router is from uniform at the end (total variation), and its languages by probability."""
     last = next((r for r in reversed(train) if any(k.startswith("router/probability/") for k in r)), None)
@@ -177,28 +157,44 @@ def movement(train: Records) -> tuple[float, list[tuple[str, float]]]:
     return distance, sorted(shares.items(), key=lambda item: -item[1])
 
 
-def knowledge_table(router: dict[str, Any], temperature: float, knowledge: dict[str, list[str]]) -> list[str]:
-    """By topic and region: the probability that the router gives to the languages that know its facts.
-
-    Read off the row's own values, softmax(value / temperature); uniform would give them their share of the languages.
-    """
-    languages = router["languages"]
-    names = [*router["topics"], *router["regions"]]
-    values = np.array([*router["topic_values"], *router["region_values"]], dtype=float)
+def knowledge_table(
+    rebuilt: Rebuilt, contexts: Mapping[str, Sequence[Prompt]], knowledge: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """By topic and region: the probability of the languages that know its facts in slots that are not reserved, mean
+    over `contexts`, the questions to ask about by name; uniform would give them their share of the languages."""
+    languages = rebuilt.router.languages
     lines = ["| topic or region | languages that know it | uniform | router |", "|---|---|---:|---:|"]
     shares = []
-    for name, row in zip(names, values, strict=True):
+    for name, prompts in contexts.items():
         knowing = [language for language in languages if language in knowledge.get(name, ())]
-        if not knowing or not row.any():
+        free = [prompt for prompt in prompts if rebuilt.fixed_topics.isdisjoint(prompt.topics)]
+        if not knowing or not free:
             continue
-        weights = np.exp((row - row.max()) / temperature)
-        weights /= weights.sum()
-        share = sum(weights[languages.index(language)] for language in knowing)
+        mean = np.mean([rebuilt.router.distribution(prompt) for prompt in free], axis=0)
+        share = float(sum(mean[languages.index(language)] for language in knowing))
         shares.append((len(knowing) / len(languages), share))
         lines.append(f"| {name} | {', '.join(knowing)} | {shares[-1][0]:.3f} | {share:.3f} |")
     uniform, learned = np.mean(shares, axis=0) if shares else (0.0, 0.0)
     lines.append(f"| mean | | {uniform:.3f} | {learned:.3f} |")
     return lines
+
+
+def asked_about(source: Source, rebuilt: Rebuilt) -> dict[str, list[Prompt]]:
+    """By topic and region: training questions that name it, at most ASKED of each, or, where they are not at hand, one
+    of every topic without and with each region."""
+    router = rebuilt.router
+    data = None if source.config is None else source.config[1].get("data")
+    if data is not None and data.get("train") and Path(data.train).exists():
+        prompts = read_prompts(data.train, list(router.languages))
+    else:
+        languages = router.languages[:1]
+        places = [(t, ()) for t in router.topics] + [(t, (g,)) for g in router.regions for t in router.topics]
+        prompts = [Prompt(f"{t}/{g}", "", "", x, x, (t,), g) for t, g in places for x in languages]
+    found: dict[str, list[Prompt]] = {name: [] for name in [*router.topics, *router.regions]}
+    for prompt in prompts:
+        for name in (*prompt.topics, *prompt.regions):
+            found.setdefault(name, []).append(prompt)
+    return {name: own[:: math.ceil(len(own) / ASKED) or 1] for name, own in found.items()}
 
 
 def drawn_reward(train: Records, first: int, last: int) -> float:
@@ -220,10 +216,11 @@ def write(run: Path, before: Path, after: Path, out: Path, knowledge: dict[str, 
     plot_gains(rows, out / "languages.png")
     plot_training(train, validation, out / "training.png")
     plot_router(train, out / "router.png")
-    router = read_router(run / "model.nemo")
-    learned = router is not None and "topic_values" in router
-    if learned:
-        plot_tables(router, out / "tables.png")
+    source = read_source(run)
+    rebuilt = None if source.state is None else rebuild(source)
+    maps = [] if rebuilt is None else list(heat_maps(rebuilt))
+    for heat_map in maps:
+        (out / f"{heat_map.name}.png").write_bytes(draw_heat_map(heat_map))
 
     whole, languages = rows[0], rows[1:]
     better = sum(row.difference > 0 for row in languages)
@@ -266,14 +263,13 @@ def write(run: Path, before: Path, after: Path, out: Path, knowledge: dict[str, 
         "![probabilities](router.png)",
         "",
     ]
-    if learned:
-        lines += ["Values of the tables (topics, then regions):", "", "![tables](tables.png)", ""]
-    if learned and knowledge:
-        temperatures = series(train, "router/temperature")[1]
+    for heat_map in maps:
+        lines += [f"{heat_map.title}:", "", f"![{heat_map.title}]({heat_map.name}.png)", ""]
+    if rebuilt is not None and knowledge:
         lines += [
             "What it learned against what the base model was taught: the probability of languages that know.",
             "",
-            *knowledge_table(router, temperatures[-1] if temperatures else 1.0, knowledge),
+            *knowledge_table(rebuilt, asked_about(source, rebuilt), knowledge),
             "",
         ]
     lines += ["## Seconds of a step", "", "| part | median | share |", "|---|---:|---:|"]
@@ -326,8 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         knowledge = json.loads(options.knowledge.read_text(encoding="utf-8")) if options.knowledge else None
         path = write(options.run, options.before, options.after, options.out, knowledge)
-    except ReportError as error:
-        sys.exit(f"ReportError: {error}")
+    except (ReportError, SavedRouterError, DataError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     print(path)
 
 

@@ -18,6 +18,9 @@ from nemo_lrpo.config.training import LoopConfig
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 """The shipped YAML files."""
 
+RUN_CONFIG = "config.yaml"
+"""In a run_dir: the whole configuration of the run, as it was started last."""
+
 _OPEN_SECTIONS = ("trainer", "model", "exp_manager")
 
 T = TypeVar("T")
@@ -57,6 +60,13 @@ def load_train_config(tree: DictConfig) -> TrainConfig:
     config = _load(TrainConfig, tree)
     check_train_config(config)
     return config
+
+
+def save_run_config(tree: DictConfig, run_dir: str) -> None:
+    """Write `tree`, interpolations resolved, to `run_dir`/config.yaml."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    text = OmegaConf.to_yaml(tree, resolve=True)
+    (Path(run_dir) / RUN_CONFIG).write_text(text, encoding="utf-8")
 
 
 def load_evaluate_config(tree: DictConfig) -> EvaluateConfig:

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_lrpo.config.checks import ConfigError
-from nemo_lrpo.config.loader import CONFIG_DIR, compose, load_evaluate_config, load_train_config
+from nemo_lrpo.config.loader import CONFIG_DIR, compose, load_evaluate_config, load_train_config, save_run_config
 from nemo_lrpo.config.schema import TrainConfig
 from nemo_lrpo.serve_rewards import load_config
 
@@ -92,7 +92,8 @@ def test_every_key_can_be_overridden_without_a_plus(router: str, paths: dict[str
 
 
 def test_the_defaults_are_the_published_settings(paths: dict[str, str]) -> None:
-    config = load_train_config(compose("train", overrides(paths)))
+    """But for the router, whose published settings are one word away."""
+    config = load_train_config(compose("train", overrides(paths, router="published")))
     assert (config.loop.prompts_per_step, config.loop.rollouts_per_prompt, config.loop.max_epochs) == (256, 8, 4)
     assert (config.router.reserved_slots, config.router.update_every, config.router.alpha) == (2, 5, 0.1)
     assert (config.router.temperature.init, config.router.temperature.min, config.router.temperature.decay) == (
@@ -101,10 +102,28 @@ def test_the_defaults_are_the_published_settings(paths: dict[str, str]) -> None:
         0.999,
     )
     assert (config.router.epsilon.init, config.router.epsilon.min, config.router.epsilon.decay) == (0.2, 0.0, 0.995)
-    assert config.router.normalisation == "zscore"
+    assert (config.router.name, config.router.normalisation) == ("published", "zscore")
     assert (config.algorithm.kl_coefficient, config.algorithm.num_updates) == (0.001, 1)
     assert (config.prompt.max_tokens, config.rollout.max_new_tokens, config.model["optim"]["lr"]) == (512, 1024, 1e-6)
     assert len(config.data.languages) == 15
+
+
+@pytest.mark.parametrize("name", ["train", "demo"])
+def test_the_router_is_the_recommended_one_unless_another_is_asked_for(name: str, paths: dict[str, str]) -> None:
+    plain, asked = (load_train_config(compose(name, overrides(paths, **more))) for more in ({}, {"router": "default"}))
+    assert plain.router == asked.router
+    assert (plain.router.name, plain.router.epsilon.min, plain.router.diversity.min_languages) == (
+        "hierarchical",
+        0.005,
+        2,
+    )
+
+
+def test_the_configuration_that_a_run_leaves_is_the_one_it_had(paths: dict[str, str], tmp_path: Path) -> None:
+    tree = compose("demo", overrides(paths, router="ucb", seed="7"))
+    config = load_train_config(tree)
+    save_run_config(tree, config.run_dir)
+    assert load_train_config(OmegaConf.load(tmp_path / "run" / "config.yaml")) == config
 
 
 @pytest.mark.parametrize(

@@ -13,24 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_lrpo.config.loader import compose, to_dataclass
+from nemo_lrpo.config.loader import compose, save_run_config, to_dataclass
 from nemo_lrpo.config.router import RouterConfig
 from nemo_lrpo.router import build_router
 from nemo_lrpo.router.base import to_json
 from nemo_lrpo.router.router import BanditRouter
 from nemo_lrpo.types import Prompt
-from tools.plot_router import (
-    HeatMap,
-    PlotError,
-    Source,
-    curves,
-    furthest,
-    heat_maps,
-    main,
-    read_source,
-    rebuild,
-    write,
-)
+from tools.plot_router import HeatMap, curves, furthest, heat_maps, main, write
+from tools.report import asked_about, knowledge_table
+from tools.saved_router import SavedRouterError, Source, read_source, rebuild
 
 LANGUAGES = ("de", "en", "ja", "zh")
 TOPICS = ("Chat", "Regional Knowledge", "Translation")
@@ -147,9 +138,42 @@ def test_curves_are_the_log() -> None:
 
 def test_other_settings_than_the_run_had_are_noticed(tmp_path: Path) -> None:
     run = save(tmp_path, *trained("published", "router.epsilon.init=0.5"))
-    with pytest.raises(PlotError, match=r"logged router/epsilon=0\.48.* at step 7; with conf/router/published\.yaml"):
+    with pytest.raises(
+        SavedRouterError, match=r"logged router/epsilon=0\.48.* step 7; with conf/train\.yaml, conf/router/published"
+    ):
         rebuild(read_source(run), None, [])
     assert rebuild(read_source(run), None, ["router.epsilon.init=0.5"]).router.epsilon == pytest.approx(0.5 * 0.995**7)
+
+
+def test_the_settings_are_those_that_the_run_left(tmp_path: Path) -> None:
+    """Also for a .nemo or checkpoint of it; what is asked for comes first, and a file of something else is named."""
+    changes = ["router.epsilon.init=0.5", "router.temperature.init=0.7"]
+    run = save(tmp_path, *trained("published", *changes))
+    save_run_config(compose("demo", ["router=published", *changes, "router.update_every=5", "router.alpha=0.1"]), run)
+    for path in (run, run / "model.nemo"):
+        rebuilt = rebuild(read_source(path))
+        assert rebuilt.router.epsilon == pytest.approx(0.5 * 0.995**7) and rebuilt.settings == str(run / "config.yaml")
+    assert rebuild(read_source(run / "model.nemo"), "published").router.epsilon == pytest.approx(0.2 * 0.995**7)
+    assert rebuild(read_source(run / "model.nemo"), None, ["router.epsilon.init=0.3"]).router.epsilon < 0.3
+    (run / "config.yaml").write_text("steps: 3\n")
+    with pytest.raises(SavedRouterError, match=r"config\.yaml: has no section 'router'"):
+        read_source(run)
+
+
+def test_the_report_tells_what_the_router_gives_the_languages_that_know(tmp_path: Path) -> None:
+    """Of the questions that it was trained on, or, without them, of every topic and region."""
+    run = save(tmp_path, *trained("default"))
+    source = read_source(run)
+    rebuilt = rebuild(source, "default")
+    contexts = asked_about(source, rebuilt)
+    assert list(contexts) == [*TOPICS, *REGIONS] and len(contexts["Japan"]) == 3
+    lines = knowledge_table(rebuilt, contexts, {"Chat": ["ja"], "Translation": ["de"], "Japan": ["ja", "zh"]})
+    chat = rebuilt.router.distribution(prompt(0, topics=("Chat",), regions=()))
+    in_chat = [rebuilt.router.distribution(p) for p in contexts["Chat"]]
+    assert len(in_chat) == 3 and chat.tolist() in np.stack(in_chat).tolist()
+    # Translation leaves no choice; the mean is over the other two.
+    assert lines[2] == f"| Chat | ja | 0.250 | {np.mean(in_chat, axis=0)[2]:.3f} |"
+    assert len(lines) == 5 and lines[3].startswith("| Japan | ja, zh | 0.500 | ") and lines[4].startswith("| mean |")
 
 
 def test_of_many_rows_the_ones_that_stand_out_are_shown() -> None:
@@ -189,7 +213,7 @@ def test_what_cannot_be_read_is_named(
         (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as refused:
         main([str(tmp_path / name), "--out", str(tmp_path / "out")])
-    for word in ["PlotError: ", *words]:
+    for word in ["SavedRouterError: ", *words]:
         assert word in str(refused.value)
 
 
@@ -212,17 +236,17 @@ def test_a_state_that_does_not_fit_is_named(
     path.write_text(json.dumps(to_json(router.state_dict()) | change))
     with pytest.raises(SystemExit) as refused:
         main([str(path), *arguments, "--out", str(tmp_path / "out")])
-    for word in ["PlotError: ", *words]:
+    for word in ["SavedRouterError: ", *words]:
         assert word in str(refused.value)
 
 
 def test_a_model_without_a_router(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "model.nemo", "w"):
         pass
-    with pytest.raises(PlotError, match=r"model\.nemo: has no lrpo_router\.json"):
+    with pytest.raises(SavedRouterError, match=r"model\.nemo: has no lrpo_router\.json"):
         read_source(tmp_path / "model.nemo")
     (tmp_path / "model.nemo").unlink()
-    with pytest.raises(PlotError, match="neither a complete checkpoint"):
+    with pytest.raises(SavedRouterError, match="neither a complete checkpoint"):
         read_source(tmp_path)
 
 
@@ -246,7 +270,7 @@ def test_a_checkpoint_is_read_before_the_model(tmp_path: Path) -> None:
     saved = CheckpointStore(run / "checkpoints", 0).save(Nobody(), state)
     assert read_source(run).state["seed"] == read_source(saved).state["seed"] == 77
     (saved / "state.json").write_text("{}")
-    with pytest.raises(PlotError, match=r"state\.json"):
+    with pytest.raises(SavedRouterError, match=r"state\.json"):
         read_source(run)
 
 

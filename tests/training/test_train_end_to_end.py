@@ -24,6 +24,8 @@ from encoder_fixture import build_tiny_encoder
 from launch import ROOT, run
 
 from nemo_lrpo.router import from_json
+from tools.plot_router import heat_maps
+from tools.saved_router import read_source, rebuild
 
 pytestmark = pytest.mark.slow
 
@@ -184,10 +186,13 @@ def assert_same_run(found: Path, expected: Path, relative: float) -> None:
         assert left["probability"] == pytest.approx(right["probability"], rel=relative)
     left, right = state(found), state(expected)
     assert (left["step"], left["data"], left["updates"]) == (right["step"], right["data"], right["updates"])
-    tables = [from_json(run["router"]["learned"]) for run in (left, right)]
-    assert tables[0].keys() == tables[1].keys() == {"topic_values", "region_values"}
-    for name, table in tables[0].items():
-        np.testing.assert_allclose(table, tables[1][name], rtol=relative, atol=relative)
+    learned = [from_json(run["router"]["learned"]) for run in (left, right)]
+    assert learned[0].keys() == learned[1].keys() and len(learned[0]["count"])
+    for name, part in learned[0].items():
+        if isinstance(part, np.ndarray):
+            np.testing.assert_allclose(part, learned[1][name], rtol=relative, atol=relative)
+        else:
+            assert part == learned[1][name]
     # Costs are whole tokens; rewards differ in the last digits between layouts.
     same = ("version", "policy", "languages", "topics", "regions", "seed", "step", "updates", "costs")
     assert [left["router"][key] for key in same] == [right["router"][key] for key in same]
@@ -220,6 +225,13 @@ def test_the_export_carries_the_router(whole: Path) -> None:
         router = json.load(archive.extractfile("./lrpo_router.json"))
     assert router == state(whole)["router"]
     assert router["languages"] == list(LANGUAGES)
+
+
+def test_what_the_router_learned_can_be_shown_without_saying_how_it_was_set(whole: Path) -> None:
+    """By the configuration that the run left: the rebuilt router logs what the run did."""
+    rebuilt = rebuild(read_source(whole))
+    assert rebuilt.settings == str(whole / "config.yaml")
+    assert {one.name for one in heat_maps(rebuilt)} >= {"topics_probability", "regions_value"}
 
 
 def test_a_checkpoint_holds_every_part(whole: Path) -> None:
