@@ -110,6 +110,8 @@ class HierarchicalPolicy:
         # One column for every language's own level, then topics and regions, each with one for the undeclared.
         widths = [1, *(len(columns) + 1 for columns in self._columns)]
         self._blocks = np.repeat(np.arange(_BLOCKS), widths)
+        # phi by cell; a cache, no state.
+        self._phi: dict[Cell, Array] = {}
         self._memories = Memories(self._settings.memory)
         models = len(self._settings.memory)
         self._table = CellTable(models, self._languages)
@@ -152,17 +154,22 @@ class HierarchicalPolicy:
         return self._memories.probabilities(*self._predicted(contexts), charges, self._settings.sharpness)
 
     def _features(self, contexts: Sequence[Context]) -> Array:
-        """phi, float64 [C, D]: 1, then the share of each topic, then that of each region."""
-        features = np.zeros((len(contexts), len(self._blocks)))
-        features[:, 0] = 1.0
-        start = 1
-        for columns, names in zip(self._columns, ("topics", "regions")):
-            for row, context in enumerate(contexts):
-                present = getattr(context, names)
-                for name in present:
-                    features[row, start + columns.get(name, len(columns))] += 1.0 / len(present)
+        """phi, float64 [C, D], of each context."""
+        cells = [cell_of(context) for context in contexts]
+        for cell in cells:
+            if cell not in self._phi:
+                self._phi[cell] = self._feature_row(cell)
+        return np.array([self._phi[cell] for cell in cells]).reshape(-1, len(self._blocks))
+
+    def _feature_row(self, cell: Cell) -> Array:
+        """float64 [D]: 1, then the share of each topic, then that of each region."""
+        row, start = np.zeros(len(self._blocks)), 1
+        row[0] = 1.0
+        for columns, present in zip(self._columns, cell):
+            for name in present:
+                row[start + columns.get(name, len(columns))] += 1.0 / len(present)
             start += len(columns) + 1
-        return features
+        return row
 
     def _predicted(self, contexts: Sequence[Context]) -> tuple[Array, Array]:
         """Posterior mean and variance of every f, float64 [M, C, L] each."""

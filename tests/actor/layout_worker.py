@@ -130,6 +130,7 @@ def main() -> None:
     prompts = make_prompts()
     seeds = [derive_seed("test", prompt.sample_id) for prompt in prompts]
     rollouts = actor.generate(prompts, seeds, finished.append)
+    assert rollouts.seconds.shape == (len(prompts),) and (rollouts.seconds > 0).all()
     again = actor.generate(prompts, seeds, finished.append, temperature=0.0)
     batch = make_batch(policy.model.tokenizer.vocab_size)
     actor.reference_logprobs(batch)

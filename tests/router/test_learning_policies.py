@@ -157,6 +157,21 @@ def test_the_tree_is_the_joint_normal_distribution(seed: int) -> None:
         np.testing.assert_allclose(found.covariance[language], covariance[language, :, language, :], atol=1e-9)
 
 
+def test_large_trees_predict_in_parts_and_one_language_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same to the bit for all languages at once; one language's rows agree to rounding."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(6, 9, 4))
+    found = tree_posterior(x.swapaxes(1, 2) @ x, rng.normal(size=(6, 4)), [0, 0, 1, 2, 1, 1], np.ones((3, 4)))
+    features = rng.normal(size=(200, 4))
+    mean, variance = found.predict(features)
+    monkeypatch.setattr("nemo_lrpo.router.tree._CHUNK", 1)
+    for whole, parts in zip((mean, variance), found.predict(features)):
+        np.testing.assert_array_equal(parts, whole)
+    for language in range(6):
+        alone = found.predict_one(language, features)
+        np.testing.assert_allclose(alone, (mean[:, language], variance[:, language]), rtol=1e-9)
+
+
 def test_without_data_variances_stay_at_their_prior_and_with_much_they_are_found() -> None:
     rng = np.random.default_rng(0)
     prior, truth, groups = np.full((3, 1), 0.5), (0.04, 0.25, 1.0), np.arange(400) // 2
@@ -180,8 +195,18 @@ def test_memories_are_weighted_by_what_they_predicted_and_none_is_lost() -> None
     np.testing.assert_allclose(memories.weights, [0.98 * 0.75 + 0.01, 0.98 * 0.25 + 0.01])
     memories.judge(np.array([0.0, -1e5]))
     assert memories.weights[1] == pytest.approx(0.01)
-    memories.judge(np.array([-1e5, 0.0]))
-    assert memories.weights[1] == pytest.approx(0.99)
+
+
+def test_a_memory_that_was_wrong_for_long_costs_no_time_until_it_comes_back() -> None:
+    memories, means, variances = Memories([1.0, 0.5]), np.array([[[0.0, 1.0]], [[1.0, 0.0]]]), np.full((2, 1, 2), 0.1)
+    alone = [Memories([1.0]).probabilities(means[m : m + 1], variances[:1], None, 1.0) for m in (0, 1)]
+    np.testing.assert_allclose(memories.probabilities(means, variances, None, 1.0), 0.5)
+    for m, likelihoods in enumerate(([0.0, -1e5], [-1e5, 0.0])):
+        memories.judge(np.array(likelihoods))
+        np.testing.assert_allclose(memories.probabilities(means, variances, None, 1.0), alone[m], rtol=1e-12)
+    memories.judge(np.array([1.0, 0.0]))
+    shift = memories.probabilities(means, variances, None, 1.0) - alone[1]
+    assert np.abs(shift).min() > 1e-3, "above its smallest weight it counts"
 
 
 def test_after_a_change_the_hierarchical_policy_forgets() -> None:
@@ -493,6 +518,23 @@ def test_the_feature_policy_tells_topics_that_it_never_saw_by_their_words() -> N
     for best in words:
         p = policy.probabilities([context(best, 9000 + i) for i in range(20)], 0)
         assert p[:, best].mean() > 0.8
+
+
+def test_the_feature_policy_sums_every_rollout_in_its_language() -> None:
+    """Gram matrices and products by a loop over rollouts, some contexts several times, a language without any."""
+    policy = build("features", features=FeaturesConfig(dimension=16, memory=[0.9]))
+    rows = [row for row in some_rows(1, 60) if row[1] != 3]
+    policy.learn(evidence(rows[:30], steps=1))
+    policy.learn(evidence(rows[30:], steps=2))
+    gram, product, hasher = np.zeros((5, 16, 16)), np.zeros((5, 16)), ContextHasher(16)
+    for i, (context, language, value) in enumerate(rows):
+        (phi,), weight = hasher([context]), 0.9**2 if i < 30 else 1.0
+        gram[language] += weight * np.outer(phi, phi)
+        product[language] += weight * value * phi
+    state = policy.state()
+    rows_below, columns_below = np.tril_indices(16)
+    np.testing.assert_allclose(state["gram"][0], gram[:, rows_below, columns_below], atol=1e-12)
+    np.testing.assert_allclose(state["product"][0], product, atol=1e-12)
 
 
 def test_the_feature_vector_shrinks_with_the_number_of_languages() -> None:

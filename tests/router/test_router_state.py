@@ -248,6 +248,19 @@ def test_a_damaged_state_is_refused_and_changes_nothing(change: dict[str, Any], 
     assert saved(router) == before
 
 
+def test_costs_in_another_unit_begin_anew() -> None:
+    """Tokens say nothing of seconds; a state from before the unit was a choice holds tokens."""
+    tokens, same, seconds = (build(price=PriceConfig(unit=u, budget=9.0)) for u in ("tokens", "tokens", "seconds"))
+    advance(tokens, range(3))
+    state = tokens.state_dict()
+    for costs in (state["costs"], {k: v for k, v in state["costs"].items() if k != "unit"}):
+        same.load_state_dict(state | {"costs": costs})
+        seconds.load_state_dict(state | {"costs": costs})
+        assert same.metrics()["cost/ja"] == tokens.metrics()["cost/ja"] != 1.0
+        assert same.metrics()["price"] == tokens.metrics()["price"] > 0.0
+        assert (seconds.metrics()["cost/ja"], seconds.metrics()["price"]) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
     [

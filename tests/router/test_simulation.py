@@ -102,6 +102,25 @@ def test_the_tool_prints_objects_and_draws_a_figure(tmp_path: Path, capsys: pyte
         router_sim.main(["--policies", "best"])
 
 
+def test_runs_that_are_kept_are_not_played_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line that a stop cut off is played again; other sizes and settings are other runs."""
+    kept, world = tmp_path / "runs.jsonl", shortened(WORLDS["sparse cells"], 4, 8)
+    outcome = Outcome(0.625, 3.0, 0.5)
+    for seed in range(2):
+        router_sim.Results(kept).add(world, "uniform", seed, outcome)
+    with kept.open("a") as file:
+        file.write('{"world": "sparse')
+    results = router_sim.Results(kept)
+    assert kept.read_text().count("\n") == 2 == len(kept.read_text().splitlines())
+    assert [results.get(world, "uniform", seed) for seed in range(3)] == [outcome, outcome, None]
+    assert results.get(WORLDS["sparse cells"], "uniform", 0) is None and results.get(world, "ucb", 0) is None
+    (row,) = router_sim.simulate([(world, "uniform")], range(2), 1, results, progress=False)
+    assert (row["share"], row["seeds"]) == (0.625, 2)
+    kept.write_text("{}\n")
+    with pytest.raises(SystemExit, match=r"runs\.jsonl:1: no run of this tool"):
+        router_sim.main(["--results", str(kept)])
+
+
 def test_only_drawn_slots_count() -> None:
     """Uniform routing closes nothing, though its reserved slots are all in the question's language."""
     share = [play(shortened(WORLDS["regional"], 20, 64), "uniform", seed).share for seed in range(4)]

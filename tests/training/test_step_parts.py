@@ -18,7 +18,7 @@ from nemo_lrpo.router import LanguagePlan
 from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError
 from nemo_lrpo.training.metrics import JsonLines, rollout_metrics
 from nemo_lrpo.training.scoring import MissingRewards, RewardsUnavailable, ScoreCollector
-from nemo_lrpo.training.trainer import check_resumable, dump_batch, reward_column
+from nemo_lrpo.training.trainer import check_resumable, cost_column, dump_batch, reward_column
 from nemo_lrpo.types import Prompt, Rollouts, RoutedPrompt, Score, ScoreRequest, TrainingBatch
 
 LANGUAGES = ("de", "ja", "en")
@@ -138,6 +138,15 @@ def test_every_request_carries_its_own_reference_and_language() -> None:
         assert request.response == f"text of {request.sample_id}"
         assert request.reference == f"answer {question[1:]}"
         assert (request.language, request.reference_language) == (LANGUAGES[int(slot)], "de")
+
+
+def test_a_rollout_costs_its_response_tokens_or_its_seconds() -> None:
+    rollouts = make_rollouts(make_plan())
+    assert cost_column(rollouts, "tokens").tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 1]
+    with pytest.raises(ValueError, match=r"router\.price\.unit=seconds"):
+        cost_column(rollouts, "seconds")
+    rollouts.seconds = torch.arange(9).double() / 8
+    assert cost_column(rollouts, "seconds").tolist() == [index / 8 for index in range(9)]
 
 
 def test_permuted_replies_give_identical_advantages() -> None:

@@ -262,10 +262,14 @@ def test_a_run_continues_on_another_layout(
     assert_same_run(run_dir, whole, relative=2e-3)
 
 
-def test_without_divergence_no_reference_is_kept(train: Launcher, tmp_path: Path) -> None:
-    train(tmp_path, algorithm__kl_coefficient=0, algorithm__num_updates=2, trainer__lrpo__max_steps=1)
+def test_without_divergence_no_reference_is_kept_and_seconds_may_be_the_price(train: Launcher, tmp_path: Path) -> None:
+    changes = {"algorithm__kl_coefficient": 0, "algorithm__num_updates": 2, "trainer__lrpo__max_steps": 1}
+    train(tmp_path, **changes, router__price__unit="seconds", router__price__budget=1e-4)
     (record,) = records(tmp_path)
     assert record["policy/kl"] == 0 and record["policy/tokens"] > 0
+    # All 16 rollouts together cost the seconds of generating, less what is not a batch's; rate 0.05.
+    spent = (record["router/price"] / 0.05 + 1.0) * 1e-4
+    assert 0.3 * record["time/generate"] < spent <= record["time/generate"]
 
 
 def test_languages_may_change_places_and_a_damaged_checkpoint_is_refused(
