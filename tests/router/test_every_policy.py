@@ -55,8 +55,8 @@ def learn(router: BanditRouter, prompts: list[Prompt], steps: int, best: int = 0
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("count", [2, 15, 500])
 def test_probabilities_are_probabilities_for_few_and_many_languages(name: str, count: int) -> None:
-    # A short feature vector: the policy's own tests are about longer ones.
-    router = build(count, name=name, features=FeaturesConfig(dimension=16))
+    # What 500 languages leave of the feature vector, and quick for few.
+    router = build(count, name=name, features=FeaturesConfig(dimension=64))
     prompts = questions(router, 30)
     for steps in (0, 2):
         learn(router, prompts, steps, best=1)
