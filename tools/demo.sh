@@ -49,7 +49,7 @@ step "training goes on from the checkpoint"
 $python -m nemo_lrpo.train --config-name demo "$@"
 step "the trained model on the test questions"
 evaluate "$results/run/model.nemo" "$results/after.json"
-step "report, and what the router learned"
+step "report"
 $python tools/plot_router.py "$results/run" --out "$results/router"
 $python tools/report.py --run "$results/run" --before "$results/before.json" --after "$results/after.json" \
   --knowledge build/data/knowledge.json --out "$results/report"
