@@ -46,6 +46,9 @@ _SMALLEST = 1e-6
 _MOST_COLUMNS = 128
 """Topics, and regions, with an effect of their own; the rest of a longer list shares that of the undeclared. Time grows
 with the third power, memory with the second."""
+_FRESH = 0.25
+"""Share of a model's data that is of the last window, above which its variances are found with that window; below, they
+move so little that its last fit, without the window, does."""
 _LEAST_NOISE = 1e-12
 """Of the noise variance: where all values of every cell are equal."""
 _NOTHING = 1e-12
@@ -193,7 +196,7 @@ class HierarchicalPolicy:
         self._squares = self._squares * kept + window.squares
         self._freedom = self._freedom * kept + window.freedom
         features = self._features(self._table.contexts)
-        self._scales = [self._rescaled(m, features) for m in range(len(self._scales))]
+        self._scales = [self._rescaled(m, features, window.freedom) for m in range(len(self._scales))]
         self._refit(features)
 
     def _judge(self, window: WindowSums, means: Array, variances: Array) -> None:
@@ -210,12 +213,13 @@ class HierarchicalPolicy:
             )
         )
 
-    def _rescaled(self, m: int, features: Array) -> _Scales:
-        """Model m's scales, variances moved one step towards those that make its data likeliest (MacKay)."""
+    def _rescaled(self, m: int, features: Array, fresh: float) -> _Scales:
+        """Model m's scales, variances moved one step towards those that make its data likeliest (MacKay). `fresh`:
+        degrees of freedom that the window brought."""
         if self._freedom[m] < 1.0:
             return self._scales[m]
         noise = max(float(self._squares[m] / self._freedom[m]), _LEAST_NOISE)
-        fit = self._fit(m, features)
+        fit = self._fit(m, features) if fresh > _FRESH * self._freedom[m] else self._fits[m]
         *_, own, known = fit.predict(features, *self._data(m))
         levels = updated_variances(fit.effects, self._blocks, noise * _PRIOR, _PRIOR_WEIGHT)
         of_own = ((own**2).sum() + _PRIOR_WEIGHT * noise * _PRIOR_OWN) / (known.sum() + _PRIOR_WEIGHT)
