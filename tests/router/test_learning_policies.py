@@ -160,9 +160,9 @@ def test_the_tree_is_the_joint_normal_distribution(seed: int) -> None:
 def test_large_trees_predict_in_parts_and_one_language_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same to the bit for all languages at once; one language's rows agree to rounding."""
     rng = np.random.default_rng(2)
-    x = rng.normal(size=(6, 9, 4))
-    found = tree_posterior(x.swapaxes(1, 2) @ x, rng.normal(size=(6, 4)), [0, 0, 1, 2, 1, 1], np.ones((3, 4)))
-    features = rng.normal(size=(200, 4))
+    x = rng.normal(size=(6, 60, 33))
+    found = tree_posterior(x.swapaxes(1, 2) @ x, rng.normal(size=(6, 33)), [0, 0, 1, 2, 1, 1], np.ones((3, 33)))
+    features = rng.normal(size=(200, 33))
     mean, variance = found.predict(features)
     monkeypatch.setattr("nemo_lrpo.router.tree._CHUNK", 1)
     for whole, parts in zip((mean, variance), found.predict(features)):
@@ -337,6 +337,15 @@ def test_the_hierarchical_posterior_is_that_of_one_normal_vector() -> None:
         Context(("Logic",), ("Kenya",)),
     ]
     np.testing.assert_allclose(policy.values(contexts), direct_posterior(policy, contexts), atol=1e-8)
+
+
+def test_sizes_of_effects_are_found_with_the_first_window() -> None:
+    """One language pays: languages differ by more than was thought before."""
+    policy = build("hierarchical")
+    before = policy.metrics(0)
+    policy.learn(evidence(some_rows(0)))
+    after = policy.metrics(0)
+    assert after["effect/language"] / after["noise"] > 1.5 * before["effect/language"] / before["noise"]
 
 
 def test_a_new_region_starts_from_its_topic_and_a_new_language_from_its_relatives() -> None:
