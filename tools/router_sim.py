@@ -203,8 +203,12 @@ def _names(text: str, accepted: Sequence[str], flag: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", help="comma-separated; default: all of " + ", ".join(WORLDS))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="worlds:\n" + "\n".join(f"  {world.name:16} {world.says}" for world in WORLDS.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--worlds", help="comma-separated; default: all that are named below")
     parser.add_argument("--policies", help="comma-separated; default: all of " + ", ".join(POLICIES))
     parser.add_argument("--seeds", type=int, help="number of seeds (20)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (0)")

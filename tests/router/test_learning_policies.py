@@ -79,6 +79,7 @@ def test_the_table_of_the_normal_distribution_is_exact_to_seven_digits() -> None
     np.testing.assert_allclose(log_cdf(z), expected, rtol=0, atol=3e-7)
 
 
+@settings(deadline=None)
 @given(st.floats(-3, 3), st.floats(-3, 3), st.floats(0.01, 3), st.floats(0.01, 3))
 def test_of_two_languages_the_best_is_known_in_closed_form(a: float, b: float, da: float, db: float) -> None:
     p = probability_best(np.array([[a, b]]), np.array([[da, db]]))
