@@ -144,6 +144,8 @@ class JsonLines:
 
 def _belongs(line: bytes, resume_step: int, redo: str | None) -> bool:
     """Whether a line is a whole record of what was done up to `resume_step`."""
+    if not line.endswith(b"\n"):
+        return False
     try:
         record = json.loads(line)
         step = record["step"]

@@ -165,10 +165,8 @@ def test_a_resumed_log_holds_whole_records_of_steps_that_count(tmp_path: Path) -
     for end in range(len(whole) - 20, len(whole)):
         path.write_bytes(whole[:end])
         JsonLines(path, resume_step=2).close()
-        assert [json.loads(line)["text"] for line in path.read_bytes().split(b"\n") if line] == [
-            *texts[:1] * 2,
-            texts[1],
-        ]
+        kept = [json.loads(line)["text"] for line in path.read_bytes().split(b"\n") if line]
+        assert kept == [texts[0], texts[0], texts[1]]
     path.write_bytes(whole)
     JsonLines(path, resume_step=2, redo="validation").close()
     kept = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]

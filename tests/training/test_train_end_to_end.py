@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import tarfile
@@ -22,44 +21,11 @@ import numpy as np
 import pytest
 from encoder_fixture import build_tiny_encoder
 from launch import ROOT, run
+from training_runs import LANGUAGES, settings_for
 
 from nemo_lrpo.router import from_json
 
 pytestmark = pytest.mark.slow
-
-LANGUAGES = ("de", "en", "ja")
-QUESTIONS = {
-    "de": ("Wie heißt die Währung von {}?", "Die Währung von {} heißt {}."),
-    "en": ("What is the currency of {}?", "The currency of {} is the {}."),
-    "ja": ("{}の通貨は何ですか。", "{}の通貨は{}です。"),
-}
-CURRENCIES = (("Japan", "Yen"), ("Kenya", "Shilling"), ("Peru", "Sol"), ("Israel", "Shekel"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve questions in three languages, one of them with its language fixed."""
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = []
-    for language, (question, answer) in QUESTIONS.items():
-        for index, (country, currency) in enumerate(CURRENCIES):
-            text = question.format(country)
-            rows.append(
-                {
-                    "prompt": [{"role": "user", "content": text}],
-                    "question": text,
-                    "answer": answer.format(country, currency),
-                    "reward_model": {"ground_truth": answer.format(country, currency), "style": "model"},
-                    "ability": "Translation" if index == 3 else "Regional Knowledge",
-                    "extra_info": {
-                        "id": f"{country}-{language}",
-                        "language": language,
-                        "region": ["Asia", "Africa", "America", "Asia"][index],
-                    },
-                }
-            )
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @contextmanager
@@ -107,29 +73,7 @@ class Launcher:
     """Starts training runs that share model, data and server."""
 
     def __init__(self, nemo: Path, data: Path, endpoint: Path):
-        self._settings = {
-            "pretrained_checkpoint.restore_from_path": nemo,
-            "data.train": data,
-            "data.validation": "null",
-            "data.languages": f"[{','.join(LANGUAGES)}]",
-            "reward.endpoint_file": endpoint,
-            "router.update_every": 2,
-            "router.reserved_slots": 1,
-            "rollout.micro_batch_size": 8,
-            "rollout.max_new_tokens": 8,
-            "trainer.lrpo.prompts_per_step": 4,
-            "trainer.lrpo.rollouts_per_prompt": 4,
-            "trainer.lrpo.max_steps": 4,
-            "trainer.lrpo.max_epochs": 2,
-            "trainer.lrpo.save_interval": 2,
-            "trainer.lrpo.val_check_interval": 0,
-            "trainer.lrpo.log_samples": 16,
-            # Random text hardly ever ends by itself, and what has not ended does not train: let any letter end it.
-            "rollout.end_strings": f"[{','.join(string.ascii_lowercase)}]",
-            "model.micro_batch_size": 4,
-            "model.optim.lr": 1e-3,
-            "model.optim.sched": "{name: CosineAnnealing, warmup_steps: 1, constant_steps: 0, min_lr: 1e-5}",
-        }
+        self._settings = settings_for(nemo, data, endpoint)
 
     def __call__(self, run_dir: Path, *, ranks: int = 1, expect: int = 0, **changes: object) -> str:
         """Train; keys of `changes` have `__` for dots. Returns what the run printed."""
