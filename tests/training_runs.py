@@ -1,10 +1,11 @@
-"""Small training runs: twelve questions, their settings, and starts of them from a warm process."""
+"""Small training runs: twelve questions, their settings, starts of them from a warm process, and what they leave."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def settings_for(nemo: Path, data: Path, endpoint_file: Path) -> dict[str, objec
 
 
 class Runs:
-    """Starts of a training run from a warm process, with rewards that are hashes."""
+    """Starts of a training run from a warm process."""
 
     def __init__(self, starter: Starter, settings: dict[str, object]):
         self._starter = starter
@@ -87,12 +88,16 @@ class Runs:
     ) -> Start:
         """Returns at once. Keys of `changes` have `__` for dots; `before` runs in every rank's process first."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        settings = {**self._settings, "run_dir": run_dir, "trainer.devices": ranks}
-        settings |= {key.replace("__", "."): value for key, value in changes.items()}
         log = run_dir / f"start_{len(list(run_dir.glob('start_*.log')))}.log"
         log.touch()
-        arguments = ["--config-name", "demo", *(f"{key}={value}" for key, value in settings.items())]
+        arguments = self.arguments(run_dir, ranks, changes)
         return self._starter(arguments, log, ranks=ranks, environment=environment, before=before)
+
+    def arguments(self, run_dir: Path, ranks: int, changes: Mapping[str, object]) -> list[str]:
+        """The command line of `nemo_lrpo.train`."""
+        settings = {**self._settings, "run_dir": run_dir, "trainer.devices": ranks}
+        settings |= {key.replace("__", "."): value for key, value in changes.items()}
+        return ["--config-name", "demo", *(f"{key}={value}" for key, value in settings.items())]
 
     def __call__(self, run_dir: Path, expect: list[int], **arguments: Any) -> str:
         """Start and wait; what was printed. Fails unless the ranks exit with `expect`."""
@@ -100,3 +105,32 @@ class Runs:
         codes = started.wait()
         assert codes == expect, f"exit {codes}, expected {expect}\n{started.text}"
         return started.text
+
+
+def records(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_bytes().split(b"\n") if line]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All but what a clock or a connection has said."""
+    own = ("time/", "reward_service/")
+    return [{k: v for k, v in record.items() if not k.startswith(own)} for record in records(run_dir, "metrics.jsonl")]
+
+
+def newest(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").glob("step_*"))
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    kept = ("step", "validated_step", "updates", "seed", "data", "router", "languages", "layout")
+    saved = json.loads((newest(run_dir) / "state.json").read_text(encoding="utf-8"))
+    return {name: saved[name] for name in kept}
+
+
+def weights(run_dir: Path) -> str:
+    """Hash of all that the newest checkpoint holds of model, optimizer and schedule."""
+    digest = hashlib.sha256()
+    for path in sorted((newest(run_dir) / "shards").rglob("*")):
+        if path.is_file() and path.suffix == ".distcp":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

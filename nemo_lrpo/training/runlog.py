@@ -45,15 +45,15 @@ class RunLog:
         `resume_step`. samples: rollouts of a step that are written as text."""
         self._logger = logger
         self._samples = samples
-        self._bar = tqdm(
-            total=total_steps, initial=resume_step or 0, desc="train", unit="step", disable=run_dir is None
-        )
         self._metrics = self._rollouts = None
         if run_dir is not None:
             self._metrics = JsonLines(
                 run_dir / "metrics.jsonl", resume_step, redo=VALIDATION if validates_again else None
             )
             self._rollouts = JsonLines(run_dir / "rollouts.jsonl", resume_step)
+        self._bar = tqdm(
+            total=total_steps, initial=resume_step or 0, desc="train", unit="step", disable=run_dir is None
+        )
 
     def step(self, step: int, record: StepRecord, decode: Callable[[Rollouts, Sequence[int]], list[str]]) -> None:
         """Write a step that is done; `decode` gives the responses of some rows as text."""

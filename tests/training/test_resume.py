@@ -3,7 +3,6 @@ rounding on others. Every stop is a real one, at the point that its name says.""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import stop_points
+from training_runs import metrics, records, state, weights
 
 from nemo_lrpo.training.metrics import JsonLines
 
@@ -23,36 +23,8 @@ TWELVE_STEPS = {
     "trainer__lrpo__save_interval": 3,
     "trainer__lrpo__log_samples": 20,
     "router__update_every": 4,
+    "rollout__max_new_tokens": 4,
 }
-
-
-def records(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / name).read_bytes().split(b"\n") if line]
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All but what a clock or a connection has said."""
-    own = ("time/", "reward_service/")
-    return [{k: v for k, v in record.items() if not k.startswith(own)} for record in records(run_dir, "metrics.jsonl")]
-
-
-def newest(run_dir: Path) -> Path:
-    return max((run_dir / "checkpoints").glob("step_*"))
-
-
-def state(run_dir: Path) -> dict[str, Any]:
-    kept = ("step", "validated_step", "updates", "seed", "data", "router", "languages", "layout")
-    saved = json.loads((newest(run_dir) / "state.json").read_text(encoding="utf-8"))
-    return {name: saved[name] for name in kept}
-
-
-def weights(run_dir: Path) -> str:
-    """Hash of all that the newest checkpoint holds of model, optimizer and schedule."""
-    digest = hashlib.sha256()
-    for path in sorted((newest(run_dir) / "shards").rglob("*")):
-        if path.is_file() and path.suffix == ".distcp":
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def close(found: Any, expected: Any, tolerance: float) -> bool:

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from encoder_fixture import build_tiny_encoder
 from launch import ROOT, run
-from training_runs import LANGUAGES, settings_for
+from training_runs import LANGUAGES, Runs, settings_for
+from warm_start import Starter
 
 from nemo_lrpo.router import from_json
 
@@ -72,28 +73,31 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 class Launcher:
     """Starts training runs that share model, data and server."""
 
-    def __init__(self, nemo: Path, data: Path, endpoint: Path):
-        self._settings = settings_for(nemo, data, endpoint)
+    def __init__(self, runs: Runs):
+        self._runs = runs
 
-    def __call__(self, run_dir: Path, *, ranks: int = 1, expect: int = 0, **changes: object) -> str:
-        """Train; keys of `changes` have `__` for dots. Returns what the run printed."""
-        settings = {**self._settings, "run_dir": run_dir, "trainer.devices": ranks}
-        settings |= {key.replace("__", "."): value for key, value in changes.items()}
-        overrides = [f"{key}={value}" for key, value in settings.items()]
-        arguments = ["-m", "nemo_lrpo.train", "--config-name", "demo", *overrides]
-        return run(arguments, ranks=ranks, expect=expect).stdout
+    def __call__(
+        self, run_dir: Path, *, ranks: int = 1, expect: int = 0, command_line: bool = False, **changes: object
+    ) -> str:
+        """Train; keys of `changes` have `__` for dots. Returns what the run printed.
+
+        From a process that has the stack imported, or as a user starts it from the command line.
+        """
+        if not command_line:
+            return self._runs(run_dir, [expect] * ranks, **changes)
+        return run(["-m", "nemo_lrpo.train", *self._runs.arguments(run_dir, ranks, changes)], ranks=ranks).stdout
 
 
 @pytest.fixture(scope="module")
-def train(tiny_nemo: Path, data: Path, endpoint: Path) -> Launcher:
-    return Launcher(tiny_nemo, data, endpoint)
+def train(starter: Starter, tiny_nemo: Path, data: Path, endpoint: Path) -> Launcher:
+    return Launcher(Runs(starter, settings_for(tiny_nemo, data, endpoint)))
 
 
 @pytest.fixture(scope="module")
 def whole(train: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps without a break."""
     path = tmp_path_factory.mktemp("whole")
-    train(path)
+    train(path, command_line=True)
     return path
 
 
@@ -182,15 +186,11 @@ def test_two_and_two_steps_equal_four(train: Launcher, half: Path, whole: Path, 
     assert records(run_dir)[-1]["policy/lr"] == records(whole)[-1]["policy/lr"]
 
 
-@pytest.mark.parametrize(
-    "layout", [{"model__tensor_model_parallel_size": 2}, {"model__pipeline_model_parallel_size": 2}, {}]
-)
-def test_a_run_continues_on_another_layout(
-    train: Launcher, half: Path, whole: Path, tmp_path: Path, layout: dict[str, int]
-) -> None:
+def test_a_run_continues_on_another_layout(train: Launcher, half: Path, whole: Path, tmp_path: Path) -> None:
+    """As torchrun starts it; all layouts, both ways: test_resume.py."""
     run_dir = tmp_path / "run"
     shutil.copytree(half, run_dir)
-    train(run_dir, ranks=2, **layout)
+    train(run_dir, ranks=2, command_line=True, model__tensor_model_parallel_size=2)
     assert_same_run(run_dir, whole, relative=2e-3)
 
 
