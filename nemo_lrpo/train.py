@@ -13,6 +13,7 @@ command goes on; 79 where that was in vain several times over; 1 for an error, w
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -63,8 +64,6 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
     from nemo_lrpo.actor.platform import ensure_platform
 
     ensure_platform()
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
     from nemo_lrpo.actor.actor import MegatronActor
     from nemo_lrpo.actor.setup import build_policy, check_nemo_sections, data_parallel_size
     from nemo_lrpo.actor.tokenizer import open_tokenizer
@@ -74,6 +73,7 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
     from nemo_lrpo.router import build_router
     from nemo_lrpo.serving.client import RewardClient
     from nemo_lrpo.training.checkpoint import CheckpointStore
+    from nemo_lrpo.training.stopping import is_main_process
     from nemo_lrpo.training.trainer import LrpoTrainer, check_resumable
 
     check_nemo_sections(config)
@@ -94,7 +94,7 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
         check_resumable(checkpoint, config.seed, router.languages)
     rewards = rooms.enter_context(closing(RewardClient(config.reward)))
     rewards.check_server(config.data.languages)
-    starts.begin(0 if checkpoint is None else checkpoint.state["step"], main=rank_zero_only.rank == 0)
+    starts.begin(0 if checkpoint is None else checkpoint.state["step"], main=is_main_process(os.environ))
     policy = build_policy(
         config,
         total_updates=total_steps * config.algorithm.num_updates,

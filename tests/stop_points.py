@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,21 @@ def in_generation(batch: int, number: int, rank: int | None = None) -> None:
 
     if of_this_rank(rank):
         on_call(MegatronEngine, "generate", batch, send(number))
+
+
+def heard_by_the_other_rank(batch: int, last: int) -> None:
+    """SIGTERM to rank 1 as its `batch`-th batch begins; rank 0, slow from there on, must not come to the `last`-th."""
+    from nemo_lrpo.actor.generation import MegatronEngine
+
+    def slow(*arguments: Any, **named: Any) -> bool:
+        time.sleep(0.5)
+        return True
+
+    if of_this_rank(1):
+        return on_call(MegatronEngine, "generate", batch, send(signal.SIGTERM))
+    for number in range(batch, last):
+        on_call(MegatronEngine, "generate", number, slow)
+    on_call(MegatronEngine, "generate", last, lambda *arguments, **named: os._exit(3))
 
 
 def after_the_optimizer(update: int) -> None:

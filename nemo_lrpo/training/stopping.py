@@ -85,6 +85,11 @@ class Stop:
         self._setting_up = True
         try:
             yield
+        except BaseException as error:
+            # torch's reader of checkpoints, for one, makes an error of its own of whatever interrupts it.
+            if self._signalled is not None:
+                raise StoppedInSetUp(signal.Signals(self._signalled[0]).name) from error
+            raise
         finally:
             self._setting_up = False
 
@@ -202,6 +207,12 @@ def _moment(environment: Mapping[str, str], name: str) -> float | None:
         raise ConfigError(f"{name}={text!r} in the environment is no time; unset it, or give epoch seconds.") from error
 
 
+def is_main_process(environment: Mapping[str, str]) -> bool:
+    """Whether this is the first of the job's processes, as torchrun or srun has numbered them; for use before there is
+    a process group to ask."""
+    return int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0) == 0
+
+
 class Starts:
     """How often in a row a run was started from the same step; the main rank keeps it in `<run_dir>/starts.json`."""
 
@@ -225,11 +236,13 @@ class Starts:
     def refuse_if_too_many(self) -> None:
         """Raise NoProgress if the limit was reached before this start, whose predecessors were killed."""
         if self._limit and self.count > self._limit:
+            self.clear()
             raise NoProgress(self._message(self.count - 1))
 
     def requeue(self, step: int) -> None:
         """This start ends, saved at `step`, to be followed by another. Raises NoProgress if that is pointless."""
         if self._limit and step == self.step and self.count >= self._limit:
+            self.clear()
             raise NoProgress(self._message(self.count))
         self._write("requeue")
 

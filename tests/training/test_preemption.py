@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from nemo_lrpo.config.checks import ConfigError
+from nemo_lrpo.config.loader import to_dataclass
 from nemo_lrpo.config.training import StopConfig
 from nemo_lrpo.training.layout import layout_news
 from nemo_lrpo.training.stopping import (
@@ -23,6 +25,7 @@ from nemo_lrpo.training.stopping import (
     StoppedInSetUp,
     catch_signals,
     describe,
+    is_main_process,
     job_deadline,
 )
 
@@ -168,8 +171,11 @@ def test_signals_are_noted_once_caught_and_end_a_set_up() -> None:
     try:
         catch_signals(stop)
         with pytest.raises(StoppedInSetUp, match="SIGUSR1"), stop.setting_up():
-            os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(1)
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(1)
+            except BaseException as error:
+                raise OSError("as a library that loads a checkpoint reports it") from error
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.reason("step") == signal.SIGUSR1
         with pytest.raises(StoppedInSetUp, match="SIGUSR1"), stop.setting_up():
@@ -239,6 +245,11 @@ def test_time_limits_are_read_as_slurm_writes_them(text: str | None, seconds: fl
     assert config.seconds == seconds
 
 
+def test_a_time_limit_that_yaml_takes_for_a_number_is_that_time() -> None:
+    tree = OmegaConf.create("time_limit: 12:00:00")
+    assert to_dataclass(StopConfig, tree, "trainer.lrpo.stop").seconds == 12 * 3600
+
+
 @pytest.mark.parametrize("text", ["1 hour", "00:61:00", "10:00", "", "0", "00:00:00"])
 def test_other_time_limits_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.lrpo\.stop\.time_limit=.*HH:MM:SS"):
@@ -260,7 +271,6 @@ def test_starts_without_a_step_are_counted_and_the_last_one_is_not_to_be_followe
     third = start(tmp_path, 7)
     with pytest.raises(NoProgress, match=r"3 starts in a row .* after step 7"):
         third.requeue(7)
-    third.clear()
     start(tmp_path, 7).requeue(7)
 
 
@@ -274,10 +284,24 @@ def test_starts_that_were_killed_count_as_well(tmp_path: Path) -> None:
         start(tmp_path, 0)
     with pytest.raises(NoProgress, match="3 starts in a row"):
         start(tmp_path, 0)
+    assert not (tmp_path / "starts.json").exists(), "who starts it again has mended something"
     (tmp_path / "starts.json").write_text('{"step": 0, "sta')
     start(tmp_path, 0)
     for _ in range(10):
         start(tmp_path, 0, limit=0).requeue(0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "main"),
+    [
+        ({}, True),
+        ({"RANK": "0", "SLURM_PROCID": "1"}, True),
+        ({"RANK": "3", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_PROCID": "2"}, False),
+    ],
+)
+def test_the_main_process_is_known_before_the_ranks_have_met(environment: dict[str, str], main: bool) -> None:
+    assert is_main_process(environment) is main
 
 
 def test_another_rank_decides_alike_and_writes_nothing(tmp_path: Path) -> None:

@@ -96,10 +96,13 @@ def test_a_run_over_all_layouts_both_ways_is_the_run_on_one_rank(runs: Any, tmp_
     two = {"TP": {"model__tensor_model_parallel_size": 2}, "PP": {"model__pipeline_model_parallel_size": 2}, "DP": {}}
     for done, (name, layout) in enumerate(two.items()):
         runs(changing, [0], trainer__lrpo__stop_after_steps=1, **TWELVE_STEPS)
-        # The second batch of the second step; the other rank hears of it, and the step is given up by both.
-        batches = 2 if name == "DP" else 3
-        point = partial(stop_points.in_generation, batches + 2, signal.SIGTERM, rank=done % 2)
+        # In the second step of the start: the other rank hears of it, and both give the step up.
         settings = {**TWELVE_STEPS, "trainer__lrpo__stop__grace_seconds": 0}
+        if name == "DP":
+            settings |= {"rollout__micro_batch_size": 2}
+            point = partial(stop_points.heard_by_the_other_rank, 5 + 1, 5 + 5)
+        else:
+            point = partial(stop_points.in_generation, 3 + 2, signal.SIGTERM, rank=done)
         output = runs(changing, [75, 75], before=point, **layout, **settings)
         assert f"Continuing after step {2 * done + 1} from" in output
         assert f"Stopped by SIGTERM after step {2 * done + 2}." in output

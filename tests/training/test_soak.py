@@ -1,6 +1,6 @@
 """A run that is killed and told to stop at random moments ends as one that is left alone; nothing grows meanwhile.
 
-LRPO_SOAK_STEPS (40; the full form has 300) and LRPO_SOAK_SEED choose another length and other moments.
+LRPO_SOAK_STEPS (30; the full form has 300) and LRPO_SOAK_SEED choose another length and other moments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 from training_runs import metrics, records, state, weights
 from warm_start import Start
 
-STEPS = int(os.environ.get("LRPO_SOAK_STEPS", "40"))
+STEPS = int(os.environ.get("LRPO_SOAK_STEPS", "30"))
 SEED = int(os.environ.get("LRPO_SOAK_SEED", "5"))
 ALLOWANCE = 8 << 20
 """Bytes by which a process may grow after its first third: allocators keep what the largest step so far needed."""
@@ -27,11 +27,11 @@ SETTINGS = {
     "trainer__lrpo__rollouts_per_prompt": 3,
     "trainer__lrpo__max_epochs": 1000,
     "trainer__lrpo__max_steps": STEPS,
-    "trainer__lrpo__save_interval": 5,
+    "trainer__lrpo__save_interval": 4,
     "trainer__lrpo__log_samples": 6,
     "trainer__lrpo__export_nemo": "false",
     "trainer__lrpo__stop__no_progress_limit": 0,
-    "rollout__max_new_tokens": 6,
+    "rollout__max_new_tokens": 4,
     "rollout__micro_batch_size": 4,
     "router__update_every": 3,
 }
@@ -66,9 +66,9 @@ def steps_done(run_dir: Path) -> int:
 
 
 def disturb(started: Start, run_dir: Path, draw: random.Random, memory: Memory, server: int) -> str:
-    """Let the run make 0 to 9 steps, then signal it somewhere in the next; returns the signal's name and the exit."""
+    """Let the run make 0 to 19 steps, then signal it somewhere in the next; returns the signal's name and the exit."""
     number = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1))
-    goal, delay = draw.randrange(10), draw.uniform(0.0, 0.6)
+    goal, delay = draw.randrange(20), draw.uniform(0.0, 0.6)
     first = "Continuing after" not in started.text
     while started.ranks[0].is_alive() and "step/s" not in started.text and "s/step" not in started.text:
         time.sleep(0.02)
@@ -108,7 +108,7 @@ def test_random_stops_change_nothing_and_memory_stays_flat(
 
     growth = memory.growth()
     print(f"{STEPS} steps; ends {dict(ends)}; growth in KiB", {name: size >> 10 for name, size in growth.items()})
-    assert sum(ends.values()) > STEPS // 20
+    assert ends["SIGKILL -9"] and ends["SIGTERM 75"] + ends["SIGUSR1 75"], ends
     assert [record["step"] for record in metrics(stopped)] == list(range(1, STEPS + 1))
     assert metrics(stopped) == metrics(whole)
     assert records(stopped, "rollouts.jsonl") == records(whole, "rollouts.jsonl")
