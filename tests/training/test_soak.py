@@ -68,11 +68,11 @@ def steps_done(run_dir: Path) -> int:
 def disturb(started: Start, run_dir: Path, draw: random.Random, memory: Memory, server: int) -> str:
     """Let the run make 0 to 19 steps, then signal it somewhere in the next; returns the signal's name and the exit."""
     number = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1))
-    goal, delay = draw.randrange(20), draw.uniform(0.0, 0.6)
-    first = "Continuing after" not in started.text
-    while started.ranks[0].is_alive() and "step/s" not in started.text and "s/step" not in started.text:
+    steps, delay = draw.randrange(20), draw.uniform(0.0, 0.6)
+    while started.ranks[0].is_alive() and not ("step/s" in started.text or "s/step" in started.text):
         time.sleep(0.02)
-    goal += 0 if first else steps_done(run_dir)
+    # What an earlier start had written beyond its checkpoint is cut off by now.
+    goal = steps_done(run_dir) + steps
     while started.ranks[0].is_alive() and steps_done(run_dir) < goal:
         time.sleep(0.02)
     time.sleep(delay)
