@@ -48,8 +48,10 @@ def hash_rewards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
 
 
 @pytest.fixture(scope="session")
-def starter() -> Starter:
-    return Starter()
+def starter() -> Iterator[Starter]:
+    starter = Starter()
+    yield starter
+    starter.close()
 
 
 @pytest.fixture(scope="session")
