@@ -49,6 +49,7 @@ from nemo_lrpo.router.policy import Context  # noqa: E402
 from nemo_lrpo.router.router import BanditRouter  # noqa: E402
 from nemo_lrpo.training.checkpoint import MANIFEST_FILE, CheckpointError, CheckpointStore  # noqa: E402
 from nemo_lrpo.training.checkpoint import load as load_checkpoint  # noqa: E402
+from nemo_lrpo.training.state_files import ARRAYS_FILE, STATE_FILE  # noqa: E402
 from nemo_lrpo.types import Prompt  # noqa: E402
 
 Table = NDArray[np.float64]
@@ -111,6 +112,8 @@ def read_source(path: Path) -> Source:
         return Source(path, log=read_log(path))
     if path.suffix == ".nemo":
         return Source(path, read_nemo(path))
+    if path.name == STATE_FILE and (path.parent / ARRAYS_FILE).is_file():
+        path = path.parent
     if path.is_file():
         return Source(path, _router_state(_json(path, path.read_bytes()), path))
     if (path / MANIFEST_FILE).is_file():
