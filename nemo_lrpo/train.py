@@ -82,7 +82,7 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
     from nemo_lrpo.data.sampler import PromptSampler
     from nemo_lrpo.router import build_router
     from nemo_lrpo.serving.client import RewardClient
-    from nemo_lrpo.training.checkpoint import CheckpointStore
+    from nemo_lrpo.training.checkpoint import open_store
     from nemo_lrpo.training.stopping import is_main_process
     from nemo_lrpo.training.trainer import LrpoTrainer, check_resumable
 
@@ -99,7 +99,7 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
     router = build_router(config.router, config.data.languages, topics, regions, config.seed)
     total_steps = planned_steps(config, len(train))
 
-    checkpoint = CheckpointStore(Path(config.run_dir) / "checkpoints", loop.keep_checkpoints).latest()
+    checkpoint = open_store(config.run_dir, loop).latest()
     if checkpoint is not None:
         check_resumable(checkpoint, config.seed, router.languages)
     rewards = rooms.enter_context(closing(RewardClient(config.reward)))

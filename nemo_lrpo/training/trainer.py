@@ -21,7 +21,7 @@ from nemo_lrpo.data.prompts import PromptRenderer
 from nemo_lrpo.data.sampler import PromptSampler
 from nemo_lrpo.router import LanguagePlan, LanguageRouter, to_json
 from nemo_lrpo.seeding import derive_seed
-from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError, open_store
 from nemo_lrpo.training.evaluation import evaluate
 from nemo_lrpo.training.layout import layout_news
 from nemo_lrpo.training.metrics import Timer, rollout_metrics
@@ -68,12 +68,13 @@ class LrpoTrainer:
         self._log = log
         self._total_steps = total_steps
         self._layout = dict(layout)
-        self._store = CheckpointStore(Path(config.run_dir) / "checkpoints", config.loop.keep_checkpoints)
+        self._store = open_store(config.run_dir, config.loop)
         self._stop = stop
         self._timer = Timer()
         self._step = 0
         self._saved_step: int | None = None
         self._validated_step: int | None = None
+        self._metrics: dict[str, float] = {}
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -191,10 +192,12 @@ class LrpoTrainer:
             while self._step < last:
                 with self._whole_or_undone("step"):
                     record = self.step()
+                self._metrics = dict(record.metrics)
+                self._store.finish(self._actor, wait=False)
                 log.step(self._step, record, self._actor.decode)
                 self._validate_if_due(log)
                 if self._step == last or _due(self._step, self._config.loop.save_interval, self.finished):
-                    self._save_once(log)
+                    self._save_once(log, wait=self._step == last)
         except _Stopped as stopped:
             self._save_once(log)
             why = describe(stopped.reason)
@@ -275,6 +278,7 @@ class LrpoTrainer:
                 stop=self._stop,
             )
         self._validated_step = self._step
+        self._metrics |= {f"validation/{name}": value for name, value in result.metrics.items()}
         log.validation(self._step, result.metrics)
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -292,18 +296,19 @@ class LrpoTrainer:
             "layout": self._layout,
         }
 
-    def save(self) -> Path:
-        """All ranks: write a checkpoint of this moment."""
+    def save(self, wait: bool = True) -> None:
+        """All ranks: write a checkpoint of this moment; without `wait` it may be written in the background."""
         with self._stop.timed("save"):
-            path = self._store.save(self._actor, self.state_dict())
+            self._store.save(self._actor, self.state_dict(), self._metrics, wait=wait)
         self._saved_step = self._step
-        return path
 
-    def _save_once(self, log: RunLog) -> None:
+    def _save_once(self, log: RunLog, wait: bool = True) -> None:
         """All ranks: save, unless this step is saved. Before the first one there is nothing that a new start lacks."""
         if self._step and self._saved_step != self._step:
             log.sync()
-            self.save()
+            self.save(wait)
+        else:
+            self._store.finish(self._actor, wait)
 
     def export(self, path: Path) -> None:
         """All ranks: write the policy as a .nemo that carries the router's final state, readable, and how it ended."""
@@ -321,6 +326,8 @@ class LrpoTrainer:
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         self._step = self._saved_step = state["step"]
+        if self._store.last_save_seconds is not None:
+            self._stop.took("save", self._store.last_save_seconds)
         # Earlier releases validated before every save.
         self._validated_step = state.get("validated_step", self._step)
         self._say(f"Continuing after step {self._step} from {checkpoint.path}")
