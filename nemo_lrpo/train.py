@@ -77,6 +77,7 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
     from nemo_lrpo.actor.actor import MegatronActor
     from nemo_lrpo.actor.setup import build_policy, check_nemo_sections, data_parallel_size
     from nemo_lrpo.actor.tokenizer import open_tokenizer
+    from nemo_lrpo.actor.watchdog import Watchdog
     from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.data.reader import contexts, read_prompts
     from nemo_lrpo.data.sampler import PromptSampler
@@ -101,7 +102,7 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
 
     checkpoint = open_store(config.run_dir, loop).latest()
     if checkpoint is not None:
-        check_resumable(checkpoint, config.seed, router.languages)
+        check_resumable(checkpoint, config.seed, router.languages, sampler.state_dict())
     rewards = rooms.enter_context(closing(RewardClient(config.reward)))
     rewards.check_server(config.data.languages)
     starts.begin(0 if checkpoint is None else checkpoint.state["step"], main=is_main_process(os.environ))
@@ -111,7 +112,8 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
         resume_from=None if checkpoint is None else checkpoint.shards,
     )
     rooms.callback(policy.logger.finalize)
-    actor = MegatronActor(policy, config)
+    watchdog = rooms.enter_context(Watchdog(loop.progress_timeout_s, afterwards(config)))
+    actor = MegatronActor(policy, config, on_progress=watchdog.beat)
     starts.count = actor.max_over_ranks(starts.count)
     starts.refuse_if_too_many()
     trainer = LrpoTrainer(
@@ -136,6 +138,14 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
     return trainer
 
 
+def afterwards(config: TrainConfig) -> str:
+    """What becomes of a run whose processes were ended."""
+    return (
+        f"What is saved is the newest checkpoint in {Path(config.run_dir) / 'checkpoints'}, if there is one; starting "
+        "the run again repeats the steps after it, with the same results."
+    )
+
+
 def planned_steps(config: TrainConfig, questions: int) -> int:
     """Steps of the whole run, resumed ones counted: `max_epochs` over the questions, cut at `max_steps`."""
     loop = config.loop
@@ -153,15 +163,15 @@ def exit_readably() -> Iterator[None]:
     from nemo_lrpo.data.errors import DataError
     from nemo_lrpo.serving.errors import RewardError
     from nemo_lrpo.training.checkpoint import CheckpointError
-    from nemo_lrpo.training.scoring import StepRefused
     from nemo_lrpo.training.stopping import EXIT_NO_PROGRESS, NoProgress
+    from nemo_lrpo.types import AgreedError
 
     try:
         yield
     except NoProgress as error:
         print(f"NoProgress: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_NO_PROGRESS)
-    except (ConfigError, DataError, RewardError, CheckpointError, StepRefused) as error:
+    except (ConfigError, DataError, RewardError, CheckpointError, AgreedError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
