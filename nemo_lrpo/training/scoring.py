@@ -83,7 +83,9 @@ class ScoreCollector:
         Raises GenerationFailed, on every rank, where one of them could not generate its share.
         """
         try:
-            return actor.generate(prompts, seeds, self.submit, temperature, should_stop)
+            return actor.generate(
+                prompts, seeds, on_finished=self.submit, temperature=temperature, should_stop=should_stop
+            )
         except RankFailure as error:
             self.cancel()
             raise GenerationFailed(f"no answers for this step: {error}.") from error
