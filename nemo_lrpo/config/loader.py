@@ -59,6 +59,11 @@ def load_train_config(tree: DictConfig) -> TrainConfig:
     return config
 
 
+def read_train_config(tree: DictConfig) -> TrainConfig:
+    """`conf/train.yaml` with overrides, typed but not checked: for planning a run whose files are elsewhere."""
+    return _load(TrainConfig, tree)
+
+
 def load_evaluate_config(tree: DictConfig) -> EvaluateConfig:
     """`conf/evaluate.yaml` with overrides, typed and checked. Raises ConfigError before any work starts."""
     config = _load(EvaluateConfig, tree)
