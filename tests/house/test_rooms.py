@@ -24,9 +24,10 @@ ROOMS = {
     "actor": {"config", "algorithms", "cpu"},
     "training": {"config", "data", "router", "algorithms"},
     "cpu": set(),
+    "checkup": set(),
 }
 """Rooms that a room may import, besides itself and the shared modules."""
-ENTRY_POINTS = {"train", "evaluate", "serve_rewards"}
+ENTRY_POINTS = {"train", "evaluate", "serve_rewards", "rank", "preflight"}
 STACK = {"megatron", "nemo", "nemo_aligner", "apex", "transformer_engine", "tensorrt_llm"}
 STACK_ROOMS = {"actor", "cpu"}
 
@@ -79,7 +80,14 @@ def test_only_entry_points_put_rooms_together() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["nemo_lrpo.types", "nemo_lrpo.config.loader", "nemo_lrpo.router", "nemo_lrpo.serving.schema", "nemo_lrpo.train"],
+    [
+        "nemo_lrpo.types",
+        "nemo_lrpo.config.loader",
+        "nemo_lrpo.router",
+        "nemo_lrpo.serving.schema",
+        "nemo_lrpo.train",
+        "nemo_lrpo.preflight",
+    ],
 )
 def test_light_modules_import_without_torch(module: str) -> None:
     heavy = "{'torch', 'nemo', 'megatron', 'transformers'} & set(sys.modules)"
