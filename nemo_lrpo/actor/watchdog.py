@@ -70,9 +70,9 @@ class Watchdog:
         self._thread.join()
         if self._store is None:
             return
-        # SystemExit is how all ranks stop together, as they have agreed.
-        if error is None or isinstance(error, AgreedError | SystemExit):
-            self._leave(_EXIT_S)
+        # What is no Exception is how ranks are told to stop, by a launcher that tells all of them.
+        if error is None or isinstance(error, AgreedError) or not isinstance(error, Exception):
+            self._leave(_EXIT_S if isinstance(error, AgreedError | None) else _SERVE_S)
             return
         news = self._news()
         if news:

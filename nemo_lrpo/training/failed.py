@@ -22,7 +22,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -96,8 +96,9 @@ class FailedSteps:
         self._facts = facts
 
     @contextmanager
-    def left_behind(self, step: int) -> Iterator[StepParts]:
-        """Fill in the parts of the step as they come; an exception leaves them behind and goes on, saying where."""
+    def left_behind(self, step: int, unless: Callable[[], bool] = lambda: False) -> Iterator[StepParts]:
+        """Fill in the parts of the step as they come; an exception leaves them behind and goes on, saying where. One
+        that is given up because the run is to stop is not left, nor one that fails while `unless`."""
         parts = StepParts(step)
         try:
             yield parts
@@ -105,6 +106,8 @@ class FailedSteps:
             # Given up, not failed: it is redone.
             raise
         except Exception as error:
+            if unless():
+                raise
             where = self.dump(parts, error)
             if isinstance(error, StepRefused):
                 raise type(error)(f"{error} {where}") from error

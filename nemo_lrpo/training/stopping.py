@@ -23,6 +23,7 @@ import psutil
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.training import StopConfig
+from nemo_lrpo.types import AgreedError
 
 EXIT_REQUEUE = 75
 """The run stopped early with everything saved; the same command goes on from there. EX_TEMPFAIL of sysexits.h."""
@@ -44,7 +45,7 @@ class StoppedInSetUp(BaseException):
     is not for the libraries in between to handle."""
 
 
-class NoProgress(RuntimeError):
+class NoProgress(AgreedError):
     """Start after start, the run has not completed a step."""
 
 

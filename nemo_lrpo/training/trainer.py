@@ -94,7 +94,7 @@ class LrpoTrainer:
         -> group advantages over all languages of a question -> GRPO update -> router learns what paid.
         """
         config, time = self._config, self._timer
-        with self._failed.left_behind(self._step) as parts:
+        with self._failed.left_behind(self._step, unless=self._stop.must_abandon) as parts:
             with time("route"):
                 prompts = self._sampler.next()
                 plan = parts.plan = self._router.route(prompts, config.loop.rollouts_per_prompt, self._step)
