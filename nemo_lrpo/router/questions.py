@@ -25,6 +25,8 @@ from nemo_lrpo.router.tables import window_sums
 
 Array = NDArray[np.float64]
 
+_LEAST_NOISE = 1e-6
+"""s^2 in units of v, at least."""
 _KEPT = 0.97
 """Share of the sums behind s^2 and v that a training step leaves."""
 
@@ -82,6 +84,8 @@ class QuestionEffects:
             count, total, within = window_sums(evidence, languages)
             # Also without repeated languages in a group, where only cells tell the noise.
             return WindowSums(count, total, within, float(np.maximum(count - 1.0, 0.0).sum()))
+        # Rewards that never differ within a language would leave rollouts that count for nothing.
+        noise = max(noise, _LEAST_NOISE * between)
         known = between / (between + noise / size)
         left = between * ((1.0 - known) * (1.0 - 1.0 / groups[of_group]) + 1.0 / groups[of_group])
         group_of, language_of = np.divmod(pair, languages)

@@ -662,3 +662,19 @@ def test_sums_of_a_window_are_counts_totals_and_squares_within() -> None:
     np.testing.assert_allclose(count, [[0, 3], [1, 0]])
     np.testing.assert_allclose(total, [[0, 9], [5, 0]])
     assert squares == pytest.approx(4 + 1 + 9)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_rewards_without_noise_teach_too(name: str) -> None:
+    """Easy questions are answered in the third language every time, hard ones never, as at a low temperature."""
+    policy = build(name)
+    rng = np.random.default_rng(0)
+    context = Context(("Facts",), ())
+    for _ in range(6):
+        group = np.repeat(np.arange(12, dtype=np.int32), 8)
+        language = rng.integers(0, 5, len(group)).astype(np.int16)
+        easy = rng.random(12) < 0.7
+        value = ((language == 2) & easy[group]).astype(np.float64)
+        policy.learn(Evidence([context], np.zeros(len(group), np.int32), language, value, group, 5))
+    p = policy.probabilities([context], 30)[0]
+    assert np.argmax(p) == 2 and p[2] > 0.6, p
