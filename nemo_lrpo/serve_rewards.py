@@ -33,7 +33,7 @@ def load_config(tree: DictConfig) -> ServeRewardsConfig:
 
 
 def run(config: ServeRewardsConfig) -> None:
-    """Load the models, serve until the first SIGTERM or SIGINT, end cleanly."""
+    """Load the models, serve until the first SIGTERM, SIGINT or SIGUSR1, end cleanly."""
     stop = threading.Event()
 
     def end(signum: int, frame: FrameType | None) -> None:
@@ -41,8 +41,9 @@ def run(config: ServeRewardsConfig) -> None:
         signal.signal(signum, signal.SIG_DFL)
         stop.set()
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    # Of these srun passes only SIGUSR1 on; it kills the tasks of a step that is told to end.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, end)
     log.info("loading the encoder and the language identifier")
     from nemo_lrpo.rewards.scorer import RewardScorer
     from nemo_lrpo.serving.server import RewardServer

@@ -21,6 +21,8 @@ class RewardServerConfig:
     interface of the job's own network rather than on all (0.0.0.0)."""
     port: int = 0
     """gRPC port; 0 picks a free one."""
+    port_tries: int = 1
+    """Ports tried from `port` on, one after the other, until one can be bound; the endpoint file says which it was."""
     metrics_port: Optional[int] = None
     """HTTP port, on `host`, for Prometheus (/metrics) and health (/healthz, /readyz); 0 picks a free one, unset: none.
     Where there is a token, it is wanted there too (Authorization: Bearer)."""
@@ -51,6 +53,7 @@ class RewardServerConfig:
         """Raise ConfigError unless a server can listen so. `key` is the section's name, empty at the top level."""
         at = f"{key}." if key else ""
         check_range(f"{at}port", self.port, at_least=0, at_most=65535)
+        check_range(f"{at}port_tries", self.port_tries, at_least=1)
         if self.metrics_port is not None:
             check_range(f"{at}metrics_port", self.metrics_port, at_least=0, at_most=65535)
         if "[" in self.host:

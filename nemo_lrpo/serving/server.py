@@ -69,18 +69,20 @@ class RewardServer:
         The endpoint file is written last: what it names is ready.
         """
         config = self._config
-        port = config.port or free_port(config.host)
         # Short: the names of Unix sockets in it are limited to 107 bytes. Others may not enter it.
         self._workspace = Path(tempfile.mkdtemp(prefix="lrpo-reward-"))
         self._log_file().parent.mkdir(parents=True, exist_ok=True)
         try:
             if config.metrics_port is not None:
                 self._health = self._serve_health(config.metrics_port)
-            self._triton = self._launch(port)
+            port = self._launch_on_a_free_port()
         except Exception as error:
             said = self._log_tail()
             self.stop()
-            raise RewardServerFailed(f"the server did not start on {config.host}:{port} ({error}).{said}") from error
+            where = f"{config.host}:{config.port}" + (
+                f" and the {config.port_tries - 1} after" * (config.port_tries > 1)
+            )
+            raise RewardServerFailed(f"the server did not start on {where} ({error}).{said}") from error
         self._reaper = _start_reaper(self._triton.processes(), self._workspace, self._triton.shared_memory)
         token_file = None if config.token_file is None else str(Path(config.token_file).resolve())
         everywhere = config.host in ("0.0.0.0", "::")
@@ -109,15 +111,7 @@ class RewardServer:
             except (OSError, ValueError):
                 pass
         self._desk.close(self._config.exit_timeout_s)
-        if self._triton is not None:
-            with warnings.catch_warnings():
-                # PyTriton asks over gRPC whether Triton is still alive, and warns that this has no timeout.
-                warnings.simplefilter("ignore")
-                self._triton.stop()
-            for path in SHARED_MEMORY.glob(f"{self._triton.shared_memory}*"):
-                # Where Triton has died before.
-                path.unlink(missing_ok=True)
-            self._triton = None
+        self._end_triton()
         if self._health is not None:
             self._health.close()
             self._health = None
@@ -146,6 +140,34 @@ class RewardServer:
         except OSError:
             return ""
         return "\n".join(["", "The end of Triton's log:", *lines[-20:]])
+
+    def _end_triton(self) -> None:
+        if self._triton is None:
+            return
+        with warnings.catch_warnings():
+            # PyTriton asks over gRPC whether Triton is still alive, and warns that this has no timeout.
+            warnings.simplefilter("ignore")
+            self._triton.stop()
+        for path in SHARED_MEMORY.glob(f"{self._triton.shared_memory}*"):
+            # Where Triton has died before.
+            path.unlink(missing_ok=True)
+        self._triton = None
+
+    def _launch_on_a_free_port(self) -> int:
+        """Start Triton on the first port that it can have; returns it. Raises what PyTriton raises."""
+        host, port = self._config.host, self._config.port or free_port(self._config.host)
+        last = port + (self._config.port_tries - 1 if self._config.port else 0)
+        while True:
+            try:
+                if port == last or is_free(host, port):
+                    self._triton = self._launch(port)
+                    return port
+            except Exception:
+                # Somebody may have taken the port since it was free; anything else would fail on the next one too.
+                if port == last or is_free(host, port):
+                    raise
+                self._end_triton()
+            port += 1
 
     def _launch(self, port: int) -> _FixedModelsTriton:
         """Triton, ready. Raises what PyTriton raises."""
@@ -192,10 +214,25 @@ class RewardServer:
 
 def free_port(host: str) -> int:
     """A TCP port that is free on `host` now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    with _socket_for(host) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether nobody listens on this port of `host` now."""
+    with _socket_for(host) as probe:
+        # What is left of connections that have ended does not matter to a server.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def _socket_for(host: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
 
 
 def provide_libpython() -> None:

@@ -26,7 +26,7 @@ ROOMS = {
     "cpu": set(),
 }
 """Rooms that a room may import, besides itself and the shared modules."""
-ENTRY_POINTS = {"train", "evaluate", "serve_rewards"}
+ENTRY_POINTS = {"train", "evaluate", "serve_rewards", "rank"}
 STACK = {"megatron", "nemo", "nemo_aligner", "apex", "transformer_engine", "tensorrt_llm"}
 STACK_ROOMS = {"actor", "cpu"}
 
