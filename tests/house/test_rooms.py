@@ -24,9 +24,11 @@ ROOMS = {
     "actor": {"config", "algorithms", "cpu"},
     "training": {"config", "data", "router", "algorithms"},
     "cpu": set(),
+    "planning": {"config"},
+    "checkup": set(),
 }
 """Rooms that a room may import, besides itself and the shared modules."""
-ENTRY_POINTS = {"train", "evaluate", "serve_rewards", "rank"}
+ENTRY_POINTS = {"train", "evaluate", "serve_rewards", "rank", "preflight"}
 STACK = {"megatron", "nemo", "nemo_aligner", "apex", "transformer_engine", "tensorrt_llm"}
 STACK_ROOMS = {"actor", "cpu"}
 

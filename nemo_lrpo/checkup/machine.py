@@ -1,0 +1,155 @@
+"""Devices, memory, ports, directories and disk of this node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from nemo_lrpo.checkup.finding import FAIL, PASS, WARN, Findings
+
+GIB = 2**30
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY_NEEDED = GIB // 2
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: its name and its memory, all of it and what is free, in bytes."""
+
+    name: str
+    total: int
+    free: int
+
+
+def devices() -> list[Device]:
+    """The GPUs that this process sees."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Device(torch.cuda.get_device_name(index), total, free))
+    return found
+
+
+def check_gpus(findings: Findings, found: list[Device], wanted: int, needed: int | None) -> None:
+    """Enough GPUs, and on each room for `needed` bytes; None: nobody knows how many."""
+    if len(found) < wanted:
+        findings.add(
+            "GPUs",
+            FAIL,
+            f"{len(found)} visible, trainer.devices={wanted}",
+            "Ask Slurm for them (--gpus-per-node), look at CUDA_VISIBLE_DEVICES and at nvidia-smi on this node.",
+        )
+        return
+    used = found[:wanted]
+    total, free = min(device.total for device in used), min(device.free for device in used)
+    what = f"{wanted} x {used[0].name}, {size(total)} each, {size(free)} free"
+    if needed is None:
+        findings.add("GPUs", PASS, what)
+        return
+    what += f", {size(needed)} needed on the fullest"
+    if total < needed:
+        remedy = "More model parallelism, a smaller micro-batch, recomputation: tools/plan.py shows layouts that fit."
+        findings.add("GPUs", FAIL, what, remedy)
+    elif free < needed:
+        findings.add("GPUs", FAIL, what, "Another process is on them: nvidia-smi on this node.")
+    else:
+        findings.add("GPUs", PASS, what)
+
+
+def check_host_memory(findings: Findings, needed: int, available: int | None = None) -> None:
+    """`needed` bytes of this node's memory against what is available."""
+    room = psutil.virtual_memory().available if available is None else available
+    text = f"about {size(needed)} needed, {size(room)} available"
+    if needed > room:
+        remedy = (
+            "Ask Slurm for more (--mem=0 takes all), or algorithm.kl_coefficient=0, which keeps no reference policy."
+        )
+        findings.add("host memory", FAIL, text, remedy)
+    else:
+        findings.add("host memory", PASS, text)
+
+
+def check_shared_memory(findings: Findings, free: int | None = None) -> None:
+    """NCCL and the reward server pass data through /dev/shm; containers may come with 64 MB of it."""
+    if free is None:
+        free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+    if free < SHARED_MEMORY_NEEDED:
+        remedy = "docker run --shm-size=16g (or --ipc=host); enroot mounts the host's."
+        findings.add("shared memory", WARN, f"{size(free)} free in {SHARED_MEMORY}", remedy)
+    else:
+        findings.add("shared memory", PASS, f"{size(free)} free in {SHARED_MEMORY}")
+
+
+def check_ports(findings: Findings, first: int, tries: int) -> None:
+    """Of the ports from `first` on, the one that the ranks would take."""
+    for port in range(first, first + tries):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        stepped = "" if port == first else f"; {port - first} before it taken"
+        findings.add("ports", PASS, f"{port} is free{stepped}")
+        return
+    remedy = "Set LRPO_PORT_BASE to a range that this cluster leaves to users."
+    findings.add("ports", FAIL, f"none of {first} to {first + tries - 1} can be bound", remedy)
+
+
+def check_run_dir(findings: Findings, run_dir: Path) -> None:
+    """Whether this node can write there. Makes the directory."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".preflight-"):
+            pass
+    except OSError as error:
+        remedy = "Give a directory that all nodes (and the container: CONTAINER_MOUNTS) can write."
+        findings.add("run_dir", FAIL, f"{run_dir}: {error.strerror or error}", remedy)
+    else:
+        findings.add("run_dir", PASS, f"{run_dir} can be written")
+
+
+def check_disk(
+    findings: Findings, directory: Path, checkpoint: int, kept: int, export: int, free: int | None = None
+) -> None:
+    """Room for what a run leaves behind. All in bytes.
+
+    checkpoint: size of one. kept: how many stay, 0 for all of them; one more is there while it is written. export: size
+    of the final .nemo.
+    """
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    room = shutil.disk_usage(existing).free if free is None else free
+    needed = (kept + 1) * checkpoint + export if kept else 2 * checkpoint + export
+    text = f"{size(room)} free; {kept or 1} checkpoints, one being written and the .nemo: {size(needed)}"
+    if room < needed:
+        remedy = "Another run_dir, or a smaller trainer.lrpo.keep_checkpoints."
+        findings.add("disk", FAIL, text, remedy)
+    elif not kept:
+        fit = int((room - export) // checkpoint)
+        remedy = "Set trainer.lrpo.keep_checkpoints, or make sure that so many suffice."
+        findings.add("disk", WARN, f"all checkpoints are kept; {size(room)} free hold {fit} of them", remedy)
+    else:
+        findings.add("disk", PASS, text)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if count < 1024:
+            break
+        count, unit = count / 1024, larger
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def node_name() -> str:
+    """This node as Slurm calls it, else as it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
