@@ -24,7 +24,6 @@ ROOMS = {
     "actor": {"config", "algorithms", "cpu"},
     "training": {"config", "data", "router", "algorithms"},
     "cpu": set(),
-    "planning": {"config"},
     "checkup": set(),
 }
 """Rooms that a room may import, besides itself and the shared modules."""

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, why_not
+from training_runs import LANGUAGES, settings_for, write_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm" / "train.sbatch"
-REWARDS = ("--", "~verifiers.similarity", "+verifiers.exact={kind: exact}", "languages=[en,de]")
+REWARDS = ("--", "~verifiers.similarity", "+verifiers.exact={kind: exact}", f"languages=[{','.join(LANGUAGES)}]")
 """A server without an encoder."""
+PACED = {"LRPO_PREFLIGHT": "0", "LRPO_ENTRY": "paced_trainer"}
+"""Environment of jobs whose trainer only counts."""
 
 pytestmark = pytest.mark.slow
 
@@ -29,20 +32,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         cluster.environment |= {
             "LRPO_HOME": str(ROOT),
-            "LRPO_PREFLIGHT": "0",
-            "LRPO_ENTRY": "paced_trainer",
             "PYTHONPATH": str(Path(__file__).parent),
             "OMP_NUM_THREADS": "1",
         }
         yield cluster
 
 
-def submit(cluster: Cluster, directory: Path, *options: str, train: tuple[str, ...]) -> int:
+def submit(
+    cluster: Cluster, directory: Path, *options: str, train: tuple[str, ...], environment: dict[str, str] = PACED
+) -> int:
     """Submit a run in `directory`; its job id."""
     output = f"--output={directory / 'job.log'}"
     directory.mkdir(exist_ok=True)
+    exported = ",".join(["ALL", *(f"{key}={value}" for key, value in environment.items())])
     arguments = (str(SCRIPT), f"run_dir={directory}", *train, *REWARDS)
-    return int(cluster.call("sbatch", "--parsable", output, *options, *arguments))
+    return int(cluster.call("sbatch", "--parsable", output, f"--export={exported}", *options, *arguments))
 
 
 def until(condition: object, timeout: float, what: str) -> None:
@@ -132,3 +136,38 @@ def test_a_stop_on_two_components_is_requeued_and_goes_on(cluster: Cluster, tmp_
     assert "'--het-group=1'" in said
     # Nothing was killed on the way.
     assert "killed" not in said and "error" not in said
+
+
+def test_a_training_meets_its_time_limit_and_goes_on(cluster: Cluster, tiny_nemo: Path, tmp_path: Path) -> None:
+    """The trainer itself, from submission over preflight, a time limit, its save and the requeue to the model."""
+    run_dir, slow = tmp_path / "run", tmp_path / "slow"
+    settings = settings_for(tiny_nemo, write_questions(tmp_path / "train.jsonl"), tmp_path / "set by the job")
+    del settings["reward.endpoint_file"]
+    settings |= {
+        "trainer.lrpo.max_steps": 40,
+        "trainer.lrpo.max_epochs": 14,
+        "trainer.lrpo.save_interval": 0,
+    }
+    train = ("--config-name=demo", *(f"{key}={value}" for key, value in settings.items()))
+    options = ("--time=30", "--signal=B:USR1@40", "--nodes=1", "--ntasks-per-node=1")
+    slow.touch()
+    job = submit(
+        cluster, run_dir, *options, train=train, environment={"LRPO_ENTRY": "slow_steps", "SLOW_STEPS": str(slow)}
+    )
+    log, metrics = run_dir / "job.log", run_dir / "metrics.jsonl"
+    until(lambda: read(metrics).count("\n") >= 2 or cluster.job(job).state != "RUNNING", 300, "no step was done")
+    # Slurm counts in minutes, and looks every half a minute: what it takes to train is not known before.
+    elapsed = time.time() - float(cluster.call("date", "+%s", "--date", cluster.job(job).fields["StartTime"]))
+    cluster.call("scontrol", "update", f"jobid={job}", f"timelimit={int(elapsed + 50) // 60 + 1}")
+    until(lambda: cluster.job(job).restarts == 1, 150, read(log))
+    cluster.call("scontrol", "update", f"jobid={job}", "timelimit=30")
+    slow.unlink()
+    ended = cluster.wait(job, timeout=300)
+    said = read(log)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 1), said
+    assert "USR1 came" in said and "TIME LIMIT" not in said and "everything is saved; the job is requeued" in said
+    assert said.count("preflight: all is well") == 2
+    assert read(run_dir / "slurm" / str(job) / "train-0.log").count("Continuing after step") == 1
+    steps = [json.loads(line)["step"] for line in read(metrics).splitlines()]
+    assert steps == list(range(1, 41))
+    assert (run_dir / "model.nemo").exists() and not (run_dir / "slurm" / "owner").exists()
