@@ -56,7 +56,7 @@ class Submission:
     def check(self) -> None:
         """Collect all problems, each with its key and a remedy."""
         train, reward = _values(self.train), _values(self.reward)
-        named_config = any(override.startswith(("--config-name", "-cn")) for override in self.train)
+        named_config = any(override.startswith("--config-name=") for override in self.train)
         own_server = not {"reward.endpoint", "reward.endpoint_file"} & {k for k, v in train.items() if v != "null"}
         if "run_dir" not in train:
             self.problems.append("run_dir is not set: a directory for logs and checkpoints that all nodes share")
@@ -78,7 +78,7 @@ class Submission:
             self._check_configuration()
 
     def _check_reward(self, reward: dict[str, str]) -> None:
-        if any(override.startswith(("--config-name", "-cn")) for override in self.reward):
+        if any(override.startswith("--config-name=") for override in self.reward):
             return
         similarity = "~verifiers.similarity" not in self.reward and "~verifiers" not in self.reward
         if similarity and "encoder.path" not in reward:
@@ -130,7 +130,7 @@ class Submission:
         except ImportError:
             return
         parser = argparse.ArgumentParser(add_help=False)
-        parser.add_argument("--config-name", "-cn", default="train")
+        parser.add_argument("--config-name", default="train")
         known, overrides = parser.parse_known_args(self.train)
         server = "reward.endpoint_file=reward.json"
         mine = [] if any(override.startswith("reward.endpoint") for override in overrides) else [server]

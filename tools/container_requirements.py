@@ -43,7 +43,7 @@ def dependencies(pyproject: str) -> list[str]:
 
 def pins(lock: str) -> dict[str, str]:
     """Canonical name -> `name==version` of a requirements file."""
-    lines = [line.split("#")[0].strip() for line in lock.splitlines()]
+    lines = [re.split("[#;]", line)[0].strip() for line in lock.splitlines()]
     return {canonicalize_name(line.split("==")[0]): line for line in lines if "==" in line}
 
 

@@ -26,7 +26,9 @@ from nemo_lrpo.checkup.machine import GIB, Device
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = dict(
-    line.split("==") for line in (ROOT / "tools" / "requirements-cpu.txt").read_text().splitlines() if "==" in line
+    line.split(";")[0].split("==")
+    for line in (ROOT / "tools" / "requirements-cpu.txt").read_text().splitlines()
+    if "==" in line
 )
 
 

@@ -155,7 +155,8 @@ def test_a_training_meets_its_time_limit_and_goes_on(cluster: Cluster, tiny_nemo
         cluster, run_dir, *options, train=train, environment={"LRPO_ENTRY": "slow_steps", "SLOW_STEPS": str(slow)}
     )
     log, metrics = run_dir / "job.log", run_dir / "metrics.jsonl"
-    until(lambda: read(metrics).count("\n") >= 2 or cluster.job(job).state != "RUNNING", 300, "no step was done")
+    until(lambda: read(metrics).count("\n") >= 2 or cluster.job(job).state == "FAILED", 300, "no step was done")
+    assert cluster.job(job).state == "RUNNING", read(log)
     # Slurm counts in minutes, and looks every half a minute: what it takes to train is not known before.
     elapsed = time.time() - float(cluster.call("date", "+%s", "--date", cluster.job(job).fields["StartTime"]))
     cluster.call("scontrol", "update", f"jobid={job}", f"timelimit={int(elapsed + 50) // 60 + 1}")

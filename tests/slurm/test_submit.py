@@ -103,8 +103,11 @@ def test_a_server_that_is_there_is_used(files: dict[str, str], tmp_path: Path) -
 
 def test_a_relative_path_means_where_it_was_typed(files: dict[str, str], tmp_path: Path) -> None:
     rewards, train = arguments_for(files, tmp_path / "run")
-    done = submit("--dry-run", *rewards, *train, "data.validation=README.md")
-    assert f"data.validation={ROOT / 'README.md'}" in steps(done.stdout)["train"]
+    done = submit("--dry-run", *rewards, *train, "data.validation=README.md", "--config-name=demo")
+    command = steps(done.stdout)["train"]
+    assert f"data.validation={ROOT / 'README.md'}" in command
+    # Hydra takes its own options before the overrides only.
+    assert command.index("--config-name=demo") == command.index("nemo_lrpo.train") + 1
 
 
 def test_what_is_submitted(files: dict[str, str], tmp_path: Path) -> None:
