@@ -19,6 +19,8 @@ def main() -> None:
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda received, _: asked.append(received))
+    while "reward.endpoint_file" in options and not Path(options["reward.endpoint_file"]).exists() and not asked:
+        time.sleep(0.1)
     import torch
 
     torch.distributed.init_process_group("gloo")

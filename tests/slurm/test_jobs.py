@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import stat
 import time
@@ -66,6 +67,11 @@ def steps_of(cluster: Cluster, job: int) -> dict[str, str]:
     return {name: step for step, name in (line.split() for line in lines)}
 
 
+def steps_started(log: Path) -> dict[str, str]:
+    """The srun commands that a job said it would run, by component."""
+    return dict(re.findall(r"starting (\w+): (srun .*)", read(log)))
+
+
 def test_two_jobs_at_once_and_a_reward_server_that_dies(cluster: Cluster, tmp_path: Path) -> None:
     # One on both nodes and one on one of them, whose ports are taken before it starts.
     first = submit(cluster, tmp_path / "a", "--nodes=2", "--ntasks-per-node=1", train=("+steps=100000", "+save_s=2"))
@@ -110,21 +116,42 @@ def test_two_jobs_at_once_and_a_reward_server_that_dies(cluster: Cluster, tmp_pa
 
 
 def test_a_trainer_that_fails_ends_the_job_with_its_words(cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path / "run", "--nodes=1", "--ntasks-per-node=1", train=("+steps=1", "+exit=3"))
+    job = submit(
+        cluster,
+        tmp_path / "run",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        train=("+steps=1", "+exit=3", "reward.endpoint=not.asked:1"),
+    )
     assert (ended := cluster.wait(job)).state == "FAILED"
     said = read(tmp_path / "run" / "job.log")
     assert (ended.exit_code, ended.restarts) == (1, 0)
     assert "TrainerFailed: exit code 3" in said and "saved after step 1" in said
 
 
-def test_a_stop_on_two_components_is_requeued_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_that_may_not_be_requeued_says_so(cluster: Cluster, tmp_path: Path) -> None:
+    # With a reward server that somebody else looks after.
+    train = ("+steps=100000", "+save_s=1", "reward.endpoint=not.asked:1")
+    job = submit(cluster, tmp_path / "run", "--nodes=1", "--ntasks-per-node=1", train=train)
+    log, logs = tmp_path / "run" / "job.log", tmp_path / "run" / "slurm" / str(job)
+    until(lambda: "goes on after step 0" in read(logs / "train-0.log"), 60, read(log))
+    cluster.call("scontrol", "update", f"jobid={job}", "requeue=0")
+    # What Slurm does before a time limit (--signal=B:USR1@...).
+    cluster.call("scancel", "--batch", "--signal=USR1", str(job))
+    ended = cluster.wait(job)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 75, 0), read(log)
+    assert "everything is saved" in read(log) and "RequeueRefused: submit the same job again" in read(log)
+    assert int(read(tmp_path / "run" / "count.json")) > 0 and "reward" not in steps_started(log)
+
+
+def test_a_preempted_job_of_two_components_is_requeued_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     options = ("--nodes=1", "--ntasks=2", ":", "--nodes=1", "--ntasks=1")
     job = submit(cluster, tmp_path / "run", *options, train=("+steps=60", "+save_s=1"))
     log, logs = tmp_path / "run" / "job.log", tmp_path / "run" / "slurm" / str(job)
     until(lambda: "rank 1 goes on after step 0" in read(logs / "train-0.log"), 60, read(log))
-    # What Slurm does before a time limit (--signal=B:USR1@...).
-    cluster.call("scancel", "--batch", "--signal=USR1", str(job))
-    until(lambda: cluster.job(job).restarts == 1, 30, read(log))
+    # What preemption does at first: it tells the tasks of all components, and not the batch script.
+    cluster.call("scancel", "--signal=TERM", str(job))
+    until(lambda: cluster.job(job).restarts == 1, 60, read(log))
     first = int(read(tmp_path / "run" / "count.json"))
     assert 0 < first < 60
     ended = cluster.wait(job)
@@ -132,8 +159,8 @@ def test_a_stop_on_two_components_is_requeued_and_goes_on(cluster: Cluster, tmp_
     assert f"goes on after step {first};" in read(logs / "train-0.log")
     assert read(tmp_path / "run" / "count.json") == "60"
     said = read(log)
-    assert "USR1 came" in said and "the job is requeued" in said and "start 2" in said and "done: " in said
-    assert "'--het-group=1'" in said
+    assert "TERM came" in said and "the job is requeued" in said and "start 2" in said and "done: " in said
+    assert "--het-group=1" in steps_started(log)["reward"] and "--het-group=0" in steps_started(log)["train"]
     # Nothing was killed on the way.
     assert "killed" not in said and "error" not in said
 
@@ -144,8 +171,8 @@ def test_a_training_meets_its_time_limit_and_goes_on(cluster: Cluster, tiny_nemo
     settings = settings_for(tiny_nemo, write_questions(tmp_path / "train.jsonl"), tmp_path / "set by the job")
     del settings["reward.endpoint_file"]
     settings |= {
-        "trainer.lrpo.max_steps": 40,
-        "trainer.lrpo.max_epochs": 14,
+        "trainer.lrpo.max_steps": 25,
+        "trainer.lrpo.max_epochs": 9,
         "trainer.lrpo.save_interval": 0,
     }
     train = ("--config-name=demo", *(f"{key}={value}" for key, value in settings.items()))
@@ -170,5 +197,5 @@ def test_a_training_meets_its_time_limit_and_goes_on(cluster: Cluster, tiny_nemo
     assert said.count("preflight: all is well") == 2
     assert read(run_dir / "slurm" / str(job) / "train-0.log").count("Continuing after step") == 1
     steps = [json.loads(line)["step"] for line in read(metrics).splitlines()]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 26))
     assert (run_dir / "model.nemo").exists() and not (run_dir / "slurm" / "owner").exists()
