@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     findings = Findings(node_name(), [])
     if options.versions_only:
-        check_versions(findings, gpu=True, engine=True)
+        check_versions(findings, gpu=True, engine=False)
         _report(findings.all, [findings.node], options)
         sys.exit(1 if failed(findings.all) else 0)
     config = None

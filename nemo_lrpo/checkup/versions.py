@@ -28,10 +28,10 @@ TRIED: Mapping[str, str] = {
     "sentence-transformers": ">=4.1,<5",
 }
 """Other versions may do, and were not tried. NeMo 2.2 asks for transformers 4.48."""
-GPU: Mapping[str, str] = {"apex": "", "transformer-engine": ">=2.0"}
+GPU: Mapping[str, str] = {"apex": "", "transformer-engine": ""}
 """Beside a GPU; their names are stood in for where they are missing, which is slow."""
 ENGINE: Mapping[str, str] = {"tensorrt-llm": ">=0.13"}
-"""For rollout.backend=trt_llm."""
+"""For rollout.backend=trt_llm. The release that NeMo-Aligner 0.7.0 was built with (its Dockerfile) and later ones."""
 
 
 def check_versions(

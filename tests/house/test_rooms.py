@@ -80,7 +80,14 @@ def test_only_entry_points_put_rooms_together() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["nemo_lrpo.types", "nemo_lrpo.config.loader", "nemo_lrpo.router", "nemo_lrpo.serving.schema", "nemo_lrpo.train"],
+    [
+        "nemo_lrpo.types",
+        "nemo_lrpo.config.loader",
+        "nemo_lrpo.router",
+        "nemo_lrpo.serving.schema",
+        "nemo_lrpo.train",
+        "nemo_lrpo.preflight",
+    ],
 )
 def test_light_modules_import_without_torch(module: str) -> None:
     heavy = "{'torch', 'nemo', 'megatron', 'transformers'} & set(sys.modules)"

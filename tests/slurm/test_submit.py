@@ -30,10 +30,10 @@ def files(tmp_path: Path) -> dict[str, str]:
     return {key: str(path) for key, path in paths.items()}
 
 
-def submit(*arguments: str, path: str | None = None) -> Run:
+def submit(*arguments: str, path: str | None = None, bare: bool = True) -> Run:
+    """bare: without the environment's packages, as on a login node."""
     environment = {**os.environ, **({"PATH": path} if path else {})}
-    # -S: without the environment's packages, as on a login node.
-    command = [sys.executable, "-S", str(ROOT / "slurm" / "submit.py"), *arguments]
+    command = [sys.executable, *(["-S"] if bare else []), str(ROOT / "slurm" / "submit.py"), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -123,5 +123,22 @@ def test_what_is_submitted(files: dict[str, str], tmp_path: Path) -> None:
     words = said.read_text().splitlines()
     assert words[0] == str(ROOT) and f"data.train={files['data.train']}" in words
     assert f"--output={tmp_path}/run/slurm/job-%j.log" in words and "--requeue" in words
+    owner = tmp_path / "run" / "slurm" / "owner"
+    owner.write_text("76\n")
+    squeue = stand_in.with_name("squeue")
+    squeue.write_text('#!/bin/sh\ncase "$*" in *--jobs=76*) echo 76 ;; esac\n')
+    squeue.chmod(0o755)
+    done = submit(*rewards, *train, path=f"{stand_in.parent}:/usr/bin:/bin")
+    assert done.returncode == 2 and "job 76 writes there; wait for it or cancel it" in done.stderr
+    owner.unlink()
     done = submit(*rewards, *train, path="/nowhere")
     assert done.returncode == 2 and "no sbatch on this machine" in done.stderr
+
+
+def test_keys_are_checked_where_hydra_is_at_hand(files: dict[str, str], tmp_path: Path) -> None:
+    rewards, train = arguments_for(files, tmp_path / "run")
+    assert submit("--dry-run", *rewards, *train, "router=uniform", bare=False).returncode == 0
+    done = submit("--dry-run", *rewards, *train, "trainer.lrpo.max_stepz=3", bare=False)
+    assert done.returncode == 2 and "trainer.lrpo.max_stepz" in done.stderr
+    done = submit("--dry-run", *rewards, *train, "rollout.temperature=0", bare=False)
+    assert done.returncode == 2 and "rollout.temperature=0" in done.stderr and "Traceback" not in done.stderr
