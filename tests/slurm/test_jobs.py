@@ -129,6 +129,21 @@ def test_a_trainer_that_fails_ends_the_job_with_its_words(cluster: Cluster, tmp_
     assert "TrainerFailed: exit code 3" in said and "saved after step 1" in said
 
 
+def test_a_job_that_is_cancelled_in_set_up_is_not_brought_back(cluster: Cluster, tmp_path: Path) -> None:
+    sleeper = tmp_path / "python"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    settings = {"LRPO_PYTHON": str(sleeper), "LRPO_PREFLIGHT": "1"}
+    train = ("reward.endpoint=not.asked:1",)
+    job = submit(cluster, tmp_path / "run", "--nodes=1", "--ntasks-per-node=1", train=train, environment=settings)
+    log = tmp_path / "run" / "job.log"
+    until(lambda: "starting preflight" in read(log), 30, read(log))
+    cluster.call("scancel", str(job))
+    until(lambda: not cluster.call("squeue", "-h", f"--jobs={job}", check=False), 30, read(log))
+    assert (cluster.job(job).state, cluster.job(job).restarts) == ("CANCELLED", 0)
+    assert "nothing is lost" in read(log) and "not requeued" in read(log)
+
+
 def test_a_job_that_may_not_be_requeued_says_so(cluster: Cluster, tmp_path: Path) -> None:
     # With a reward server that somebody else looks after.
     train = ("+steps=100000", "+save_s=1", "reward.endpoint=not.asked:1")
@@ -193,7 +208,7 @@ def test_a_training_meets_its_time_limit_and_goes_on(cluster: Cluster, tiny_nemo
     ended = cluster.wait(job, timeout=300)
     said = read(log)
     assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 1), said
-    assert "USR1 came" in said and "TIME LIMIT" not in said and "everything is saved; the job is requeued" in said
+    assert "USR1 came" in said and "TIME LIMIT" not in said and "the job is requeued" in said
     assert said.count("preflight: all is well") == 2
     assert read(run_dir / "slurm" / str(job) / "train-0.log").count("Continuing after step") == 1
     steps = [json.loads(line)["step"] for line in read(metrics).splitlines()]
