@@ -69,19 +69,18 @@ class RewardServer:
         The endpoint file is written last: what it names is ready.
         """
         config = self._config
+        ports = self._ports()
         # Short: the names of Unix sockets in it are limited to 107 bytes. Others may not enter it.
         self._workspace = Path(tempfile.mkdtemp(prefix="lrpo-reward-"))
         self._log_file().parent.mkdir(parents=True, exist_ok=True)
         try:
             if config.metrics_port is not None:
                 self._health = self._serve_health(config.metrics_port)
-            port = self._launch_on_a_free_port()
+            port = self._launch_on_one_of(ports)
         except Exception as error:
             said = self._log_tail()
             self.stop()
-            where = f"{config.host}:{config.port}" + (
-                f" and the {config.port_tries - 1} after" * (config.port_tries > 1)
-            )
+            where = f"{config.host}:{ports[0]}" + (f" to {ports[-1]}" if len(ports) > 1 else "")
             raise RewardServerFailed(f"the server did not start on {where} ({error}).{said}") from error
         self._reaper = _start_reaper(self._triton.processes(), self._workspace, self._triton.shared_memory)
         token_file = None if config.token_file is None else str(Path(config.token_file).resolve())
@@ -153,21 +152,28 @@ class RewardServer:
             path.unlink(missing_ok=True)
         self._triton = None
 
-    def _launch_on_a_free_port(self) -> int:
+    def _ports(self) -> range:
+        """The ports to try, in order."""
+        config = self._config
+        first = config.port or free_port(config.host)
+        return range(first, first + (config.port_tries if config.port else 1))
+
+    def _launch_on_one_of(self, ports: range) -> int:
         """Start Triton on the first port that it can have; returns it. Raises what PyTriton raises."""
-        host, port = self._config.host, self._config.port or free_port(self._config.host)
-        last = port + (self._config.port_tries - 1 if self._config.port else 0)
-        while True:
+        host = self._config.host
+        for port in ports[:-1]:
+            if not is_free(host, port):
+                continue
             try:
-                if port == last or is_free(host, port):
-                    self._triton = self._launch(port)
-                    return port
+                self._triton = self._launch(port)
+                return port
             except Exception:
-                # Somebody may have taken the port since it was free; anything else would fail on the next one too.
-                if port == last or is_free(host, port):
+                if is_free(host, port):
                     raise
+                # Somebody has taken it since it was free.
                 self._end_triton()
-            port += 1
+        self._triton = self._launch(ports[-1])
+        return ports[-1]
 
     def _launch(self, port: int) -> _FixedModelsTriton:
         """Triton, ready. Raises what PyTriton raises."""

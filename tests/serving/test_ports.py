@@ -42,13 +42,13 @@ class Launches:
 
 
 def launch(monkeypatch: pytest.MonkeyPatch, **config: int) -> tuple[Launches, RewardServer]:
-    server = RewardServer(RewardServerConfig(**config), SimpleNamespace(counts=dict))
+    server = RewardServer(RewardServerConfig(**config), SimpleNamespace(counts=dict, identity=dict))
     return Launches(server, monkeypatch), server
 
 
 def test_taken_ports_are_stepped_over(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launches, server = launch(monkeypatch, port=taken, port_tries=20)
-    port = server._launch_on_a_free_port()
+    port = server._launch_on_one_of(server._ports())
     assert taken < port < taken + 20 and launches.tried == [port]
 
 
@@ -57,14 +57,14 @@ def test_a_port_that_is_lost_at_the_last_moment_is_followed_by_the_next(
 ) -> None:
     launches, server = launch(monkeypatch, port=taken, port_tries=20)
     launches.refuse = list(range(taken, taken + 5))
-    port = server._launch_on_a_free_port()
+    port = server._launch_on_one_of(server._ports())
     assert taken + 5 <= port and launches.tried[-1] == port and len(launches.tried) > 1
     for thief in launches.stolen:
         thief.close()
 
 
 def test_a_failure_that_is_not_the_ports_is_not_repeated(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = RewardServer(RewardServerConfig(port=taken, port_tries=20), SimpleNamespace(counts=dict))
+    server = RewardServer(RewardServerConfig(port=taken, port_tries=20), SimpleNamespace(counts=dict, identity=dict))
     tried: list[int] = []
 
     def fail(port: int) -> None:
@@ -73,12 +73,12 @@ def test_a_failure_that_is_not_the_ports_is_not_repeated(taken: int, monkeypatch
 
     monkeypatch.setattr(server, "_launch", fail)
     with pytest.raises(RuntimeError, match="no libpython"):
-        server._launch_on_a_free_port()
+        server._launch_on_one_of(server._ports())
     assert len(tried) == 1
 
 
 def test_without_a_range_the_port_is_the_one_that_was_given(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launches, server = launch(monkeypatch, port=taken)
-    assert server._launch_on_a_free_port() == taken and launches.tried == [taken]
+    assert server._launch_on_one_of(server._ports()) == taken and launches.tried == [taken]
     with pytest.raises(ConfigError, match="port_tries=0"):
         RewardServerConfig(port_tries=0).check()
