@@ -122,12 +122,47 @@ def rows_of(output: str) -> dict[str, tuple[str, str]]:
     return rows
 
 
+EVERYTHING_WRONG = (
+    "prompt.max_tokens=250",
+    "trainer.lrpo.prompts_per_step=9",
+    "trainer.accelerator=gpu",
+    "reward.endpoint_file=null",
+    "reward.endpoint=127.0.0.1:9",
+    "reward.startup_timeout_s=1",
+)
+
+
+@pytest.fixture(scope="module")
+def said(overrides: list[str]) -> dict[str, tuple[int, dict[str, tuple[str, str]]]]:
+    """Exit code and table of three calls, in one process that imports NeMo once."""
+    demo = ["--config-name", "demo"]
+    calls = {
+        "misspelt": [*demo, *overrides, "router.epsilonn=1"],
+        "good": [*demo, *overrides],
+        "bad": [*overrides[:1], *demo, *overrides[1:], *EVERYTHING_WRONG],
+    }
+    code = (
+        "from nemo_lrpo.preflight import main\n"
+        f"for name, arguments in {calls!r}.items():\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit as end:\n"
+        "        print('call', name, end.code, flush=True)\n"
+    )
+    found = {}
+    text = ""
+    for line in run(["-c", code], environment={"COLUMNS": "20"}).stdout.splitlines():
+        if line.startswith("call "):
+            _, name, status = line.split()
+            found[name], text = (int(status), rows_of(text)), ""
+        text += f"{line}\n"
+    return found
+
+
 @pytest.mark.slow
-def test_a_run_that_can_start(overrides: list[str]) -> None:
-    arguments = ["-m", "nemo_lrpo.preflight", "--config-name", "demo", *overrides]
-    done = run(arguments, environment={"COLUMNS": "20"})
-    table = rows_of(done.stdout)
-    assert {outcome for outcome, _ in table.values()} == {"pass", "skip"}
+def test_a_run_that_can_start(said: dict[str, tuple[int, dict[str, tuple[str, str]]]]) -> None:
+    code, table = said["good"]
+    assert code == 0 and {outcome for outcome, _ in table.values()} == {"pass", "skip"}
     assert table["vocabulary"][1] == "317 ids, 320 rows" and table["prompts"][1] == "8 questions, 2 languages"
     assert table["imports"][1].endswith("on cpu") and "nemo-aligner 0.7.0" in table["versions"][1]
     assert table["reward server"][0] == "skip" and "reward.json" in table["reward server"][1]
@@ -135,19 +170,12 @@ def test_a_run_that_can_start(overrides: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_start_is_told_everything_at_once(overrides: list[str], tmp_path: Path) -> None:
-    changes = [
-        "prompt.max_tokens=250",
-        "trainer.lrpo.prompts_per_step=9",
-        "trainer.accelerator=gpu",
-        "reward.endpoint_file=null",
-        "reward.endpoint=127.0.0.1:9",
-        "reward.startup_timeout_s=1",
-    ]
-    done = run(["-m", "nemo_lrpo.preflight", *overrides[:1], "-cn", "demo", *overrides[1:], *changes], expect=1)
-    table = rows_of(done.stdout)
+def test_a_run_that_cannot_start_is_told_everything_at_once(
+    said: dict[str, tuple[int, dict[str, tuple[str, str]]]],
+) -> None:
+    code, table = said["bad"]
     failed = {check for check, (outcome, _) in table.items() if outcome == "fail"}
-    assert failed == {"lengths", "prompts", "GPUs", "reward server"}
+    assert code == 1 and failed == {"lengths", "prompts", "GPUs", "reward server"}
     assert "282; positions of the model: 256" in table["lengths"][1] and "Shorten" in table["lengths"][1]
     assert "0 visible, trainer.devices=1" in table["GPUs"][1]
     assert "9 questions" not in table["prompts"][1] and "prompts_per_step=9" in table["prompts"][1]
@@ -155,7 +183,10 @@ def test_a_run_that_cannot_start_is_told_everything_at_once(overrides: list[str]
 
 
 @pytest.mark.slow
-def test_a_misspelt_key_is_named(overrides: list[str]) -> None:
-    done = run(["-m", "nemo_lrpo.preflight", *overrides, "router.epsilonn=1"], expect=1)
-    outcome, text = rows_of(done.stdout)["configuration"]
-    assert outcome == "fail" and "router.epsilonn" in text
+def test_a_misspelt_key_is_named_before_anything_is_imported(
+    said: dict[str, tuple[int, dict[str, tuple[str, str]]]],
+) -> None:
+    code, table = said["misspelt"]
+    outcome, text = table["configuration"]
+    assert code == 1 and outcome == "fail" and "router.epsilonn" in text
+    assert "imports" not in table

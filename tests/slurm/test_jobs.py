@@ -186,12 +186,12 @@ def test_a_training_meets_its_time_limit_and_goes_on(cluster: Cluster, tiny_nemo
     settings = settings_for(tiny_nemo, write_questions(tmp_path / "train.jsonl"), tmp_path / "set by the job")
     del settings["reward.endpoint_file"]
     settings |= {
-        "trainer.lrpo.max_steps": 25,
-        "trainer.lrpo.max_epochs": 9,
+        "trainer.lrpo.max_steps": 14,
+        "trainer.lrpo.max_epochs": 5,
         "trainer.lrpo.save_interval": 0,
     }
     train = ("--config-name=demo", *(f"{key}={value}" for key, value in settings.items()))
-    options = ("--time=30", "--signal=B:USR1@40", "--nodes=1", "--ntasks-per-node=1")
+    options = ("--time=30", "--signal=B:USR1@110", "--nodes=1", "--ntasks-per-node=1")
     slow.touch()
     job = submit(
         cluster, run_dir, *options, train=train, environment={"LRPO_ENTRY": "slow_steps", "SLOW_STEPS": str(slow)}
@@ -212,5 +212,5 @@ def test_a_training_meets_its_time_limit_and_goes_on(cluster: Cluster, tiny_nemo
     assert said.count("preflight: all is well") == 2
     assert read(run_dir / "slurm" / str(job) / "train-0.log").count("Continuing after step") == 1
     steps = [json.loads(line)["step"] for line in read(metrics).splitlines()]
-    assert steps == list(range(1, 26))
+    assert steps == list(range(1, 15))
     assert (run_dir / "model.nemo").exists() and not (run_dir / "slurm" / "owner").exists()
