@@ -37,7 +37,7 @@ def run(config: TrainConfig, tree: DictConfig) -> None:
     from nemo_lrpo.data.sampler import PromptSampler
     from nemo_lrpo.router import build_router
     from nemo_lrpo.serving.client import RewardClient
-    from nemo_lrpo.training.checkpoint import CheckpointStore
+    from nemo_lrpo.training.checkpoint import open_store
     from nemo_lrpo.training.trainer import LrpoTrainer, check_resumable
 
     check_nemo_sections(config)
@@ -53,7 +53,7 @@ def run(config: TrainConfig, tree: DictConfig) -> None:
     router = build_router(config.router, config.data.languages, topics, regions, config.seed)
     total_steps = planned_steps(config, len(train))
 
-    checkpoint = CheckpointStore(Path(config.run_dir) / "checkpoints", loop.keep_checkpoints).latest()
+    checkpoint = open_store(config.run_dir, loop).latest()
     if checkpoint is not None:
         check_resumable(checkpoint, config.seed, router.languages)
     with closing(RewardClient(config.reward)) as rewards:

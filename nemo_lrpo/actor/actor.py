@@ -20,7 +20,7 @@ from nemo_aligner.utils.utils import adapter_control, clear_memory, configure_ba
 from nemo_lrpo.actor import collectives
 from nemo_lrpo.actor.generation import RolloutEngine, build_engine
 from nemo_lrpo.actor.policy import Batch, LrpoActorModel
-from nemo_lrpo.actor.setup import Policy, export_nemo, save_shards
+from nemo_lrpo.actor.setup import Policy, export_nemo, plan_shards
 from nemo_lrpo.algorithms.loss import aggregation_weights, grpo_loss
 from nemo_lrpo.config.schema import TrainConfig
 from nemo_lrpo.types import Rollouts, Score, TaggedPrompt, TrainingBatch
@@ -286,7 +286,15 @@ class MegatronActor:
         collectives.agree(error)
 
     def save_shards(self, directory: Path) -> None:
-        save_shards(self._policy, directory)
+        plan_shards(self._policy, directory)
+        self._policy.shards.write()
+
+    def begin_shards(self, directory: Path) -> None:
+        plan_shards(self._policy, directory)
+        self._policy.shards.begin()
+
+    def end_shards(self, wait: bool) -> bool:
+        return self._policy.shards.end(wait)
 
     def export(self, path: Path, artifacts: Mapping[str, str]) -> None:
         export_nemo(self._policy, path, artifacts, self.is_main)

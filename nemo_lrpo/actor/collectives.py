@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 
@@ -45,3 +48,22 @@ def agree(error: BaseException | None) -> None:
         raise error
     if ranks:
         raise PeerError(f"rank(s) {', '.join(map(str, ranks))} failed in this step; their logs name the error.")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails in this block on one rank fails on all; all ranks pass through it."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    agree(error)
+
+
+def refuse_different(what: str, value: str) -> None:
+    """Raise PeerError on every rank unless all of them bring the same `value`."""
+    values = [block.decode() for block in gather_bytes(value.encode())]
+    if len(set(values)) > 1:
+        seen = ", ".join(f"rank {rank}: {one or 'none'}" for rank, one in enumerate(values[:8]))
+        raise PeerError(f"{what}: the ranks differ ({seen}); is run_dir the same file system on all nodes?")

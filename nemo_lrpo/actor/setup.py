@@ -30,8 +30,10 @@ from nemo_aligner.utils.utils import (
 )
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_lrpo.actor import collectives
 from nemo_lrpo.actor.platform import model_overrides
 from nemo_lrpo.actor.policy import LrpoActorModel
+from nemo_lrpo.actor.shards import ShardIO
 from nemo_lrpo.config.checks import ConfigError, unknown_key_message
 from nemo_lrpo.config.schema import TrainConfig
 
@@ -47,6 +49,7 @@ class Policy:
     optimizer: Any
     scheduler: Any
     logger: CustomLoggerWrapper
+    shards: ShardIO
 
 
 def check_nemo_sections(config: TrainConfig) -> None:
@@ -114,6 +117,8 @@ def build_policy(config: TrainConfig, *, total_updates: int, resume_from: Path |
     )
     nemo.model = load_and_override_model_config(config.pretrained_checkpoint.restore_from_path, nemo.model)
     trainer = MegatronTrainerBuilder(nemo).create_trainer()
+    shards = ShardIO(nemo.model)
+    trainer.strategy.checkpoint_io = shards
     if training:
         exp_manager(trainer, nemo.exp_manager)
     model = load_from_nemo(
@@ -130,16 +135,20 @@ def build_policy(config: TrainConfig, *, total_updates: int, resume_from: Path |
             model, megatron_amp_O2=nemo.model.get("megatron_amp_O2", False)
         )
     init_distributed(trainer, model, nemo.model.get("transformer_engine", False))
+    collectives.refuse_different("checkpoint to resume from", "" if resume_from is None else resume_from.parent.name)
     trainer.ckpt_path = None if resume_from is None else str(resume_from)
     # NeMo asks for a data loader only to size its schedules; ours feeds the trainer directly.
     rows = range(max(1, total_updates))
     init_using_ptl(trainer, model, torch.utils.data.DataLoader(rows, batch_size=1), rows)
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
-    return Policy(model, trainer, optimizer, scheduler, CustomLoggerWrapper(trainer.loggers))
+    return Policy(model, trainer, optimizer, scheduler, CustomLoggerWrapper(trainer.loggers), shards)
 
 
-def save_shards(policy: Policy, directory: Path) -> None:
-    """All ranks: write model, optimizer and schedule as one distributed checkpoint in `directory`."""
+def plan_shards(policy: Policy, directory: Path) -> None:
+    """All ranks: plan model, optimizer and schedule as one distributed checkpoint in `directory`, which is there.
+
+    `policy.shards` writes it.
+    """
     checkpoint = policy.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     # NeMo derives the directory of a distributed checkpoint by dropping this suffix.
     policy.trainer.strategy.save_checkpoint(checkpoint, f"{directory}.ckpt")

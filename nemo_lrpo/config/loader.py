@@ -120,6 +120,7 @@ def check_train_config(config: TrainConfig) -> None:
             f"trainer.lrpo.rollouts_per_prompt={config.loop.rollouts_per_prompt}; a group has only that many slots."
         )
     _check_groups(config)
+    _check_best_metric(config)
     rows = config.loop.prompts_per_step * config.loop.rollouts_per_prompt
     if config.loop.prompts_per_step % config.algorithm.num_updates:
         raise ConfigError(
@@ -152,6 +153,17 @@ def _check_groups(config: TrainConfig) -> None:
     least = config.router.diversity.min_languages
     if least > count:
         raise ConfigError(f"router.diversity.min_languages={least} exceeds the {count} languages of data.languages.")
+
+
+def _check_best_metric(config: TrainConfig) -> None:
+    """A metric of the validation needs one."""
+    loop, name = config.loop, config.loop.checkpoint.best_metric
+    validates = config.data.validation and loop.val_check_interval
+    if loop.checkpoint.keep_best and name.startswith("validation/") and not validates:
+        raise ConfigError(
+            f"trainer.lrpo.checkpoint.best_metric={name!r} needs data.validation and trainer.lrpo.val_check_interval "
+            "> 0; set them, or choose a metric of training such as reward."
+        )
 
 
 def _check_base_model(config: TrainConfig) -> None:

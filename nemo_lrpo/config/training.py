@@ -9,6 +9,31 @@ from nemo_lrpo.config.checks import ConfigError, check_choice, check_file, check
 
 
 @dataclass
+class CheckpointConfig:
+    """`trainer.lrpo.checkpoint`: which checkpoints are kept, and how they are written and found."""
+
+    keep_best: int = 0
+    """Checkpoints kept for the best values of `best_metric`, besides the newest `keep_checkpoints`; 0: none."""
+    best_metric: str = "reward"
+    """A metric of the step that is saved, as metrics.jsonl names it: reward, reward/sw, policy/kl, ...; those of a
+    validation begin with `validation/`: validation/reward, validation/reward/sw."""
+    best_mode: str = "max"
+    """max or min: which values of the metric are best."""
+    on_damage: str = "stop"
+    """A completed checkpoint is found damaged: stop with its name, or go on from the next older one with a warning."""
+    async_save: bool = False
+    """Write the shards of periodic checkpoints in the background while the next steps run; the last one is waited for.
+    Takes the memory of a second copy of model and optimizer on the host."""
+
+    def check(self, key: str) -> None:
+        check_range(f"{key}.keep_best", self.keep_best, at_least=0)
+        check_choice(f"{key}.best_mode", self.best_mode, ("max", "min"))
+        check_choice(f"{key}.on_damage", self.on_damage, ("stop", "older"))
+        if not self.best_metric:
+            raise ConfigError(f"{key}.best_metric is empty; name a metric of metrics.jsonl, such as reward.")
+
+
+@dataclass
 class LoopConfig:
     """`trainer.lrpo`: how many steps, of what size, and what happens between them."""
 
@@ -34,6 +59,7 @@ class LoopConfig:
     """Save a checkpoint every so many steps and after the last one; 0: only after the last one."""
     keep_checkpoints: int = 2
     """Completed checkpoints kept, the newest ones; 0 keeps all."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_samples: int = 8
     """Rollouts written as text to rollouts.jsonl at every step."""
     export_nemo: bool = True
@@ -54,6 +80,7 @@ class LoopConfig:
             "log_samples",
         ):
             check_range(f"{key}.{name}", getattr(self, name), at_least=0)
+        self.checkpoint.check(f"{key}.checkpoint")
         if self.max_steps == 0:
             raise ConfigError(f"{key}.max_steps=0 trains nothing; give a positive number, or -1 for no limit.")
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import threading
+import time
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch.multiprocessing
@@ -27,6 +31,17 @@ def _make_write_item(original: Callable[..., Any]) -> Callable[..., Any]:
     return write_item
 
 
+def _end_with_parent(parent: int) -> None:
+    """In the manager's process: a parent that is killed cannot shut it down, and it would live on."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _make_results_queue(original: Callable[[], Any]) -> Callable[[], Any]:
     @functools.cache
     def results_queue() -> Any:
@@ -35,7 +50,9 @@ def _make_results_queue(original: Callable[[], Any]) -> Callable[[], Any]:
         Megatron-Core spawns the manager because CUDA does not survive a fork. Spawning imports the whole stack once
         more, which takes several seconds on every rank at its first save.
         """
-        return torch.multiprocessing.get_context("fork").Manager().Queue()
+        manager = SyncManager(ctx=torch.multiprocessing.get_context("fork"))
+        manager.start(_end_with_parent, (os.getpid(),))
+        return manager.Queue()
 
     return results_queue
 

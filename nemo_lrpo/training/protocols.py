@@ -48,7 +48,19 @@ class Actor(Protocol):
         """Responses of the given rows as text, special tokens dropped."""
 
     def save_shards(self, directory: Path) -> None:
-        """Write model and optimizer shards and the learning rate schedule under `directory`."""
+        """Write model and optimizer shards and the learning rate schedule into `directory`, which is there and empty.
+
+        An error of one rank is raised on all.
+        """
+
+    def begin_shards(self, directory: Path) -> None:
+        """Start to write what `save_shards` writes, and return as soon as training may go on."""
+
+    def end_shards(self, wait: bool) -> bool:
+        """True once the shards that were begun are there; without `wait` False while a rank still writes.
+
+        An error of one rank is raised on all.
+        """
 
     def export(self, path: Path, artifacts: Mapping[str, str]) -> None:
         """Write a .nemo that carries `artifacts` (file name -> text)."""

@@ -21,7 +21,7 @@ from nemo_lrpo.data.prompts import PromptRenderer
 from nemo_lrpo.data.sampler import PromptSampler
 from nemo_lrpo.router import LanguagePlan, LanguageRouter, to_json
 from nemo_lrpo.seeding import derive_seed
-from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError, open_store
 from nemo_lrpo.training.evaluation import evaluate
 from nemo_lrpo.training.metrics import JsonLines, Timer, rollout_metrics, sample_record
 from nemo_lrpo.training.protocols import Actor, Logger, RewardService
@@ -67,10 +67,11 @@ class LrpoTrainer:
         self._log = log
         self._total_steps = total_steps
         self._layout = dict(layout)
-        self._store = CheckpointStore(Path(config.run_dir) / "checkpoints", config.loop.keep_checkpoints)
+        self._store = open_store(config.run_dir, config.loop)
         self._timer = Timer()
         self._step = 0
         self._saved_step: int | None = None
+        self._metrics: dict[str, float] = {}
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -183,6 +184,8 @@ class LrpoTrainer:
             while self._step < last:
                 with self._saved_if_refused():
                     record = self.step()
+                self._metrics = dict(record.metrics)
+                self._store.finish(self._actor, wait=False)
                 done = self._step == last
                 if log is not None and samples is not None:
                     log.write({"kind": "train", "step": self._step, **record.metrics})
@@ -198,7 +201,7 @@ class LrpoTrainer:
                     with self._saved_if_refused():
                         self._validate(log)
                 if _due(self._step, loop.save_interval, done) or done:
-                    self.save()
+                    self.save(wait=done)
         finally:
             bar.close()
             for file in (log, samples):
@@ -216,8 +219,7 @@ class LrpoTrainer:
             if not self._step:
                 raise
             self._sampler.load_state_dict(position)
-            if self._saved_step != self._step:
-                self.save()
+            self.save()
             raise type(error)(f"after step {self._step}: {error} The run is saved; start it again to go on.") from error
 
     def _validate(self, log: JsonLines | None) -> None:
@@ -230,6 +232,7 @@ class LrpoTrainer:
             temperature=self._config.loop.val_temperature,
             max_missing_share=self._config.reward.max_missing_share,
         )
+        self._metrics |= {f"validation/{name}": value for name, value in result.metrics.items()}
         if log is not None:
             log.write({"kind": "validation", "step": self._step, **result.metrics})
             self._log({f"validation/{name}": value for name, value in result.metrics.items()}, self._step)
@@ -262,16 +265,18 @@ class LrpoTrainer:
             "updates": self._step * self._config.algorithm.num_updates,
             "seed": self._config.seed,
             "data": self._sampler.state_dict(),
-            "router": to_json(self._router.state_dict()),
+            "router": self._router.state_dict(),
             "languages": list(self._router.languages),
             "layout": self._layout,
         }
 
-    def save(self) -> Path:
-        """All ranks: write a checkpoint of this moment."""
-        path = self._store.save(self._actor, self.state_dict())
+    def save(self, wait: bool = True) -> None:
+        """All ranks: write a checkpoint of this moment; without `wait` it may be written in the background."""
+        if self._saved_step == self._step:
+            self._store.finish(self._actor, wait)
+            return
+        self._store.save(self._actor, self.state_dict(), self._metrics, wait=wait)
         self._saved_step = self._step
-        return path
 
     def export(self, path: Path) -> None:
         """All ranks: write the policy as a .nemo that carries the router's final state, readable, and how it ended."""

@@ -1,0 +1,145 @@
+"""A state of JSON values and arrays on the disk: `state.json` to read, `arrays.npz` for what nobody reads.
+
+An array of few elements stays in the JSON, as {"__array__": dtype, "shape": [...], "values": nested lists}. A larger
+one is {"__array__": dtype, "shape": [...], "key": name in arrays.npz, "filled": bool}: all elements, or, where most are
+equal, that value (`<key>.fill`), the others (`<key>`) and the distances between their places (`<key>.steps`). Every bit
+comes back. No object is pickled, none is unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_lrpo.router import to_json
+from nemo_lrpo.training.checkpoint_files import CheckpointError
+
+STATE_FILE = "state.json"
+ARRAYS_FILE = "arrays.npz"
+INLINE = 1024
+"""Elements up to which an array is written into the JSON."""
+_WIDTH = 120
+_SAMPLE = 63
+
+
+def write_state(directory: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` (string keys, JSON values, arrays of numbers) to `directory`. Raises OSError."""
+    arrays: dict[str, NDArray[Any]] = {}
+    text = "".join(_lines(_extract(state, "", arrays))) + "\n"
+    (directory / STATE_FILE).write_text(text, encoding="utf-8")
+    if arrays:
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        (directory / ARRAYS_FILE).write_bytes(packed.getbuffer())
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The state that `write_state` wrote; large arrays come back as arrays, small ones as their JSON.
+
+    Raises CheckpointError, naming the file and the part, where it cannot be read.
+    """
+    try:
+        state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / STATE_FILE}: unreadable ({error}).") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{directory / STATE_FILE}: no JSON object but {type(state).__name__}.")
+    path = directory / ARRAYS_FILE
+    if not path.exists():
+        return _restore(state, {}, path)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return _restore(state, dict(arrays), path)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: unreadable ({error}).") from error
+
+
+def _extract(value: Any, key: str, arrays: dict[str, NDArray[Any]]) -> Any:
+    """`value` as JSON; what is large, or has no JSON, goes to `arrays`."""
+    if isinstance(value, Mapping):
+        return {name: _extract(item, f"{key}/{name}" if key else name, arrays) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_extract(item, f"{key}/{index}", arrays) for index, item in enumerate(value)]
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.kind not in "biuf":
+        raise TypeError(f"state: {key} is an array of {value.dtype}; only numbers are saved.")
+    # JSON has no infinity and no NaN.
+    if value.size <= INLINE and (value.dtype.kind != "f" or np.isfinite(value).all()):
+        return to_json(value)
+    flat = value.reshape(-1)
+    others = _others(flat)
+    # Numbered, so that no two names meet whatever they hold.
+    key = f"{len(arrays)}:{key}"
+    arrays[key] = flat if others is None else flat[others]
+    if others is not None:
+        steps = np.diff(others, prepend=0)
+        arrays[f"{key}.steps"] = steps.astype(np.min_scalar_type(int(steps.max(initial=0))))
+        arrays[f"{key}.fill"] = flat[_common(flat)]
+    return {"__array__": value.dtype.name, "shape": list(value.shape), "key": key, "filled": others is not None}
+
+
+def _restore(value: Any, arrays: Mapping[str, NDArray[Any]], path: Path) -> Any:
+    if isinstance(value, list):
+        return [_restore(item, arrays, path) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if "__array__" not in value or "key" not in value:
+        return {name: _restore(item, arrays, path) for name, item in value.items()}
+    key = value["key"]
+    try:
+        array = arrays[key]
+        if value["filled"]:
+            filled = np.full(int(np.prod(value["shape"])), arrays[f"{key}.fill"])
+            filled[np.cumsum(arrays[f"{key}.steps"], dtype=np.int64)] = array
+            array = filled
+        if array.dtype.name != value["__array__"]:
+            raise ValueError(f"{array.dtype.name}, not {value['__array__']}")
+        return array.reshape(value["shape"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: array {key!r} is missing or damaged ({error}).") from error
+
+
+def _bits(flat: NDArray[Any]) -> NDArray[Any]:
+    """Elements as integers of their size: 0.0 and -0.0 differ, a NaN equals itself."""
+    return flat.view(f"u{flat.dtype.itemsize}") if flat.dtype.itemsize in (1, 2, 4, 8) else flat
+
+
+def _common(flat: NDArray[Any]) -> slice:
+    """Where an element stands that most of a sample equal, as a slice of one."""
+    places = np.linspace(0, len(flat) - 1, min(_SAMPLE, len(flat))).astype(np.int64)
+    _, first, count = np.unique(_bits(flat)[places], return_index=True, return_counts=True)
+    place = int(places[first[count.argmax()]])
+    return slice(place, place + 1)
+
+
+def _others(flat: NDArray[Any]) -> NDArray[np.int64] | None:
+    """Places of the elements that differ from the common one, ascending; None where they are most."""
+    if not len(flat):
+        return None
+    bits = _bits(flat)
+    others = np.flatnonzero(bits != bits[_common(flat)])
+    return others if 2 * len(others) < len(flat) else None
+
+
+def _lines(value: Any, indent: int = 0) -> Iterator[str]:
+    """`value` as JSON text: what fits on a line is on one."""
+    flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if indent + len(flat) <= _WIDTH or not value or not isinstance(value, (dict, list)):
+        yield flat
+        return
+    pad = "\n" + " " * (indent + 1)
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    items = value.items() if isinstance(value, dict) else (("", item) for item in value)
+    for number, (name, item) in enumerate(items):
+        label = f"{json.dumps(name, ensure_ascii=False)}: " if isinstance(value, dict) else ""
+        yield f"{',' if number else opening}{pad}{label}"
+        yield from _lines(item, indent + 1)
+    yield "\n" + " " * indent + closing
