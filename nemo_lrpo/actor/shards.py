@@ -53,6 +53,10 @@ class ShardIO(_WrappingCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """All ranks: plan the save of `checkpoint` into `path`, which is there and empty. Called by NeMo's strategy."""
         self._directory = Path(path)
+        with collectives.together():
+            # Megatron would say so on the main rank alone.
+            if torch.distributed.get_rank() == 0 and any(self._directory.iterdir()):
+                raise OSError(f"{self._directory} is not empty")
         self._request = self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
     def write(self) -> None:
@@ -100,8 +104,8 @@ class ShardIO(_WrappingCheckpointIO):
                 try:
                     written = writer.retrieve_write_results()
                 except RuntimeError as error:
-                    # A writing process hands over what stopped it, a full disk for one.
-                    raise error.__cause__ or error from None
+                    # Torch's archive writer says what it met, not why; a full disk is the usual reason.
+                    raise OSError(f"{self._directory}: a shard was not written: {error.__cause__ or error}") from error
             everyone = group.gather_object(written)
             with collectives.together():
                 if group.is_coordinator:

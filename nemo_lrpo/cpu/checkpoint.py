@@ -31,15 +31,25 @@ def _make_write_item(original: Callable[..., Any]) -> Callable[..., Any]:
     return write_item
 
 
-def _end_with_parent(parent: int) -> None:
-    """In the manager's process: a parent that is killed cannot shut it down, and it would live on."""
+def _end_with_parent() -> None:
+    """In a forked process: end when the parent is killed, which can then neither shut it down nor answer it."""
+    parent = torch.multiprocessing.parent_process()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while parent is not None and os.getppid() == parent.pid:
             time.sleep(1.0)
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _make_write_data(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def write_data(*arguments: Any) -> None:
+        _end_with_parent()
+        original(*arguments)
+
+    return staticmethod(write_data)
 
 
 def _make_results_queue(original: Callable[[], Any]) -> Callable[[], Any]:
@@ -51,7 +61,7 @@ def _make_results_queue(original: Callable[[], Any]) -> Callable[[], Any]:
         more, which takes several seconds on every rank at its first save.
         """
         manager = SyncManager(ctx=torch.multiprocessing.get_context("fork"))
-        manager.start(_end_with_parent, (os.getpid(),))
+        manager.start(_end_with_parent)
         return manager.Queue()
 
     return results_queue
@@ -63,4 +73,9 @@ REPLACEMENTS: tuple[Replacement, ...] = (_WRITE_ITEM,) if _TAKES_FORMAT else ()
 
 CPU_REPLACEMENTS: tuple[Replacement, ...] = (
     Replacement(f"{_WRITER}._get_write_results_queue", "without CUDA a fork is safe and quick", _make_results_queue),
+    Replacement(
+        f"{_WRITER}.FileSystemWriterAsync.write_preloaded_data",
+        "a writing process waits for ever for a rank that was killed",
+        _make_write_data,
+    ),
 )

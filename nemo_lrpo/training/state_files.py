@@ -129,17 +129,27 @@ def _others(flat: NDArray[Any]) -> NDArray[np.int64] | None:
     return others if 2 * len(others) < len(flat) else None
 
 
-def _lines(value: Any, indent: int = 0) -> Iterator[str]:
-    """`value` as JSON text: what fits on a line is on one."""
+def _lines(value: Any, indent: int = 0, used: int = 0) -> Iterator[str]:
+    """`value` as JSON text: what fits on a line is on one. used: characters that are on the line already."""
     flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    if indent + len(flat) <= _WIDTH or not value or not isinstance(value, (dict, list)):
+    if used + len(flat) < _WIDTH or not value or not isinstance(value, (dict, list)):
         yield flat
         return
-    pad = "\n" + " " * (indent + 1)
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    items = value.items() if isinstance(value, dict) else (("", item) for item in value)
-    for number, (name, item) in enumerate(items):
-        label = f"{json.dumps(name, ensure_ascii=False)}: " if isinstance(value, dict) else ""
-        yield f"{',' if number else opening}{pad}{label}"
-        yield from _lines(item, indent + 1)
-    yield "\n" + " " * indent + closing
+    named = isinstance(value, dict)
+    nested = any(isinstance(item, (dict, list)) for item in (value.values() if named else value))
+    pad, used = "\n" + " " * (indent + 1), _WIDTH
+    yield "{" if named else "["
+    for number, (name, item) in enumerate(value.items() if named else enumerate(value)):
+        label = f"{json.dumps(name, ensure_ascii=False)}: " if named else ""
+        lines = list(_lines(item, indent + 1, indent + 1 + len(label)))
+        yield "," if number else ""
+        # Plain values share lines.
+        if named or nested or used + len(lines[0]) + 3 > _WIDTH:
+            yield pad
+            used = indent + 1
+        else:
+            yield " "
+        yield label
+        yield from lines
+        used += len(lines[0]) + 2
+    yield "\n" + " " * indent + ("}" if named else "]")
