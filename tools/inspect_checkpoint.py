@@ -187,8 +187,9 @@ def _contexts(state: Mapping[str, Any], learned: Mapping[str, Any], top: int) ->
                 yield {"context": names[row], "table": table, "best": _largest(values[row], languages)}
     count, total, cells = (learned.get(name) for name in ("count", "total", "cells"))
     if isinstance(count, np.ndarray) and isinstance(total, np.ndarray) and cells and count.size:
-        # Of a policy with several memories, the first.
-        seen, sums = count[:, 0], total[:, 0]
+        # Of a policy with several memories, the longest.
+        memory = int(count.sum(axis=(0, 2)).argmax())
+        seen, sums = count[:, memory], total[:, memory]
         means = np.divide(sums, seen, out=np.full_like(sums, -np.inf), where=seen > 0)
         for row in np.argsort(-seen.sum(axis=1), kind="stable")[:top].tolist():
             topics, regions = cells[row]

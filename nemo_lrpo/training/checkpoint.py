@@ -209,12 +209,12 @@ class CheckpointStore:
                 path.rename(aside)
 
     def _prune(self) -> None:
-        """Take away what is neither among the newest, nor among the best, nor the newest."""
+        """Take away what is neither among the newest nor among the best."""
         saved = self.saved()
-        newest_of_step = {one.manifest.step: one for one in reversed(saved)}
-        kept = list(newest_of_step.values())[::-1]
-        kept = kept[: self._keep] if self._keep else kept
-        stay = {one.path for one in (*kept, *self.best())}
+        # Of one step, the last that was saved.
+        steps = list({one.manifest.step: one for one in reversed(saved)}.values())[::-1]
+        newest = steps[: self._keep] if self._keep else steps
+        stay = {one.path for one in (*newest, *self._best_of(steps))}
         for one in saved:
             if one.path not in stay:
                 try:
@@ -236,8 +236,11 @@ class CheckpointStore:
 
     def best(self) -> list[Saved]:
         """The `keep_best` checkpoints with the best value of the metric, the best first; of equals the newer."""
+        return self._best_of(self.saved())
+
+    def _best_of(self, saved: list[Saved]) -> list[Saved]:
         name, sign = self._config.best_metric, 1.0 if self._config.best_mode == "max" else -1.0
-        scored = [one for one in self.saved() if name in one.manifest.metrics]
+        scored = [one for one in saved if name in one.manifest.metrics]
         scored.sort(key=lambda one: sign * one.manifest.metrics[name], reverse=True)
         return scored[: self._config.keep_best]
 
