@@ -40,11 +40,7 @@ class ShardIO(_WrappingCheckpointIO):
         name = model_config.get("dist_ckpt_format", FORMAT)
         if name != FORMAT:
             raise ConfigError(f"model.dist_ckpt_format={name!r} is not supported; accepted: {FORMAT!r}.")
-        inner = DistributedCheckpointIO.from_config(model_config, async_save=True)
-        super().__init__(inner)
-        strategy = inner.save_sharded_strategy
-        # A wrapper that spreads the work over data-parallel ranks has the writing strategy inside.
-        _base(strategy)._get_save_and_finalize_callbacks = self._callbacks
+        super().__init__(DistributedCheckpointIO.from_config(model_config, async_save=True))
         register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonWriter("torch", 1))
         self._request: AsyncRequest | None = None
         self._directory = Path()
@@ -57,6 +53,9 @@ class ShardIO(_WrappingCheckpointIO):
             # Megatron would say so on the main rank alone.
             if torch.distributed.get_rank() == 0 and any(self._directory.iterdir()):
                 raise OSError(f"{self._directory} is not empty")
+        strategy = self.checkpoint_io.save_sharded_strategy
+        # A wrapper that spreads the work over data-parallel ranks has the writing strategy inside.
+        getattr(strategy, "base_strategy", strategy)._get_save_and_finalize_callbacks = _agreed_callbacks
         self._request = self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
     def write(self) -> None:
@@ -94,35 +93,37 @@ class ShardIO(_WrappingCheckpointIO):
             if torch.distributed.get_rank() == 0:
                 save_config(CheckpointingConfig(strategy.backend, strategy.version), str(self._directory))
 
-    def _callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
-        """In place of the strategy's own: gathers and writes the metadata with an agreement before each collective."""
-        _, metadata, group = planned
-        names = [bucket[1] for bucket in writer.write_buckets or ()]
 
-        def finalize() -> None:
-            with collectives.together():
-                try:
-                    written = writer.retrieve_write_results()
-                except RuntimeError as error:
-                    # Torch's archive writer says what it met, not why; a full disk is the usual reason.
-                    raise OSError(f"{self._directory}: a shard was not written: {error.__cause__ or error}") from error
-            everyone = group.gather_object(written)
-            with collectives.together():
-                if group.is_coordinator:
-                    writer.finish(metadata, everyone)
-            self._check_listed(names)
+def _agreed_callbacks(writer: Any, planned: Any) -> AsyncRequest:
+    """In place of the strategy's own: gathers and writes the metadata with an agreement before each collective."""
+    _, metadata, group = planned
+    names = [bucket[1] for bucket in writer.write_buckets or ()]
 
-        return AsyncRequest(*writer.get_save_function_and_args(), [finalize])
-
-    def _check_listed(self, own: list[str]) -> None:
-        """All ranks: the main rank sees every file that any rank says it wrote."""
-        blocks = collectives.gather_bytes(json.dumps(own).encode())
+    def finalize() -> None:
         with collectives.together():
-            if torch.distributed.get_rank() == 0:
-                listed = [name for block in blocks for name in json.loads(block)]
-                missing = [name for name in listed if not (self._directory / name).is_file()]
-                if missing:
-                    raise OSError(f"{self._directory}: {', '.join(missing)} vanished after being written")
+            try:
+                written = writer.retrieve_write_results()
+            except RuntimeError as error:
+                # Torch's archive writer says what it met, not why; a full disk is the usual reason.
+                raise OSError(f"{writer.path}: a shard was not written: {error.__cause__ or error}") from error
+        everyone = group.gather_object(written)
+        with collectives.together():
+            if group.is_coordinator:
+                writer.finish(metadata, everyone)
+        _check_listed(Path(writer.path), names)
+
+    return AsyncRequest(*writer.get_save_function_and_args(), [finalize])
+
+
+def _check_listed(directory: Path, own: list[str]) -> None:
+    """All ranks: the main rank sees every file that any rank says it wrote."""
+    blocks = collectives.gather_bytes(json.dumps(own).encode())
+    with collectives.together():
+        if torch.distributed.get_rank() == 0:
+            listed = [name for block in blocks for name in json.loads(block)]
+            missing = [name for name in listed if not (directory / name).is_file()]
+            if missing:
+                raise OSError(f"{directory}: {', '.join(missing)} vanished after being written")
 
 
 class _CommonWriter(TorchCommonSaveStrategy):
@@ -138,7 +139,3 @@ class _CommonWriter(TorchCommonSaveStrategy):
                     file.write(buffer.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
-
-
-def _base(strategy: Any) -> Any:
-    return getattr(strategy, "base_strategy", strategy)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -76,8 +77,8 @@ def _extract(value: Any, key: str, arrays: dict[str, NDArray[Any]]) -> Any:
         return to_json(value)
     flat = value.reshape(-1)
     others = _others(flat)
-    # Numbered, so that no two names meet whatever they hold.
-    key = f"{len(arrays)}:{key}"
+    # Names in an archive are plain, and numbered so that no two meet.
+    key = f"{len(arrays)}:{re.sub('[^A-Za-z0-9_/.-]', '_', key)}"
     arrays[key] = flat if others is None else flat[others]
     if others is not None:
         steps = np.diff(others, prepend=0)

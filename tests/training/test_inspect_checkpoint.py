@@ -41,7 +41,8 @@ def router_state(policy: str) -> dict[str, Any]:
         prompts = [Prompt(f"q{step}-{i}", "?", "!", "en", "en", (TOPICS[i % 2],), ()) for i in range(20)]
         plan = router.route(prompts, 4, step)
         pays = {"Chat": "de", "Logic": "sw"}
-        router.observe(plan, np.array([float(pays[row.prompt.topics[0]] == row.language) for row in plan]))
+        noise = np.random.default_rng(step).random(len(plan))
+        router.observe(plan, noise + [3.0 * (pays[row.prompt.topics[0]] == row.language) for row in plan])
     return router.state_dict()
 
 
