@@ -25,6 +25,7 @@ from nemo_lrpo.router import RouterStateError, build_router
 from nemo_lrpo.router.router import BanditRouter
 from nemo_lrpo.training.checkpoint import MANIFEST_FILE, CheckpointError, CheckpointStore
 from nemo_lrpo.training.checkpoint import load as load_checkpoint
+from nemo_lrpo.training.state_files import ARRAYS_FILE, STATE_FILE
 
 Record = dict[str, Any]
 
@@ -57,6 +58,8 @@ def read_source(path: Path) -> Source:
         return Source(path, log=read_log(path))
     if path.suffix == ".nemo":
         return Source(path, read_nemo(path), config=read_config(path.parent))
+    if path.name == STATE_FILE and (path.parent / ARRAYS_FILE).is_file():
+        path = path.parent
     if path.is_file():
         return Source(path, _router_state(_json(path, path.read_bytes()), path), config=read_config(path.parent))
     if (path / MANIFEST_FILE).is_file():
