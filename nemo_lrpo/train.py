@@ -5,15 +5,20 @@
 
 One process per GPU: start it with srun or torchrun, or plainly for a single one. A run_dir that holds a checkpoint is
 continued. `--help` prints the whole configuration.
+
+Exit codes: 0 after the last step; 75 where a signal or the job's time limit ended the run early, saved, and the same
+command goes on; 79 where that was in vain several times over; 1 for an error, which is named.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -22,10 +27,43 @@ from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.loader import CONFIG_DIR, load_train_config, save_run_config
 from nemo_lrpo.config.schema import TrainConfig
 
+if TYPE_CHECKING:
+    from nemo_lrpo.training.stopping import Starts, Stop
+    from nemo_lrpo.training.trainer import LrpoTrainer
 
-def run(config: TrainConfig, tree: DictConfig) -> None:
-    """Put the rooms together and train. Every refusal comes before the model is loaded; `tree`, which `config` was
-    loaded from, is kept in run_dir."""
+
+def run(config: TrainConfig, tree: DictConfig) -> int:
+    """Train; `tree`, which `config` was loaded from, is kept in run_dir.
+
+    Returns the exit code: 0 after the last step, EXIT_REQUEUE where the same command is to go on.
+    """
+    from nemo_lrpo.training.stopping import EXIT_REQUEUE, Starts, StoppedInSetUp, catch_signals, stop_of_this_job
+
+    stop = stop_of_this_job(config.loop.stop)
+    catch_signals(stop)
+    starts = Starts(Path(config.run_dir), config.loop.stop.no_progress_limit)
+    try:
+        with ExitStack() as rooms:
+            with stop.setting_up():
+                trainer = set_up(config, tree, stop, starts, rooms)
+            if trainer.fit():
+                starts.requeue(trainer.steps_done)
+                return EXIT_REQUEUE
+            if config.loop.export_nemo and trainer.finished:
+                trainer.export(Path(config.run_dir) / "model.nemo")
+    except StoppedInSetUp as signalled:
+        print(f"{signalled} before the first step of this start; nothing is lost.", flush=True)
+        starts.requeue(starts.step)
+        return EXIT_REQUEUE
+    except BaseException:
+        starts.clear()
+        raise
+    starts.clear()
+    return 0
+
+
+def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, rooms: ExitStack) -> LrpoTrainer:
+    """Put the rooms together, to be closed by `rooms`. Every refusal comes before the model is loaded."""
     from nemo_lrpo.actor.platform import ensure_platform
 
     ensure_platform()
@@ -38,6 +76,7 @@ def run(config: TrainConfig, tree: DictConfig) -> None:
     from nemo_lrpo.router import build_router
     from nemo_lrpo.serving.client import RewardClient
     from nemo_lrpo.training.checkpoint import CheckpointStore
+    from nemo_lrpo.training.stopping import is_main_process
     from nemo_lrpo.training.trainer import LrpoTrainer, check_resumable
 
     check_nemo_sections(config)
@@ -56,40 +95,40 @@ def run(config: TrainConfig, tree: DictConfig) -> None:
     checkpoint = CheckpointStore(Path(config.run_dir) / "checkpoints", loop.keep_checkpoints).latest()
     if checkpoint is not None:
         check_resumable(checkpoint, config.seed, router.languages)
-    with closing(RewardClient(config.reward)) as rewards:
-        rewards.check_server(config.data.languages)
-        policy = build_policy(
-            config,
-            total_updates=total_steps * config.algorithm.num_updates,
-            resume_from=None if checkpoint is None else checkpoint.shards,
-        )
-        actor = MegatronActor(policy, config)
-        trainer = LrpoTrainer(
-            config,
-            actor=actor,
-            router=router,
-            sampler=sampler,
-            renderer=renderer,
-            rewards=rewards,
-            validation=validation,
-            log=lambda metrics, step: policy.logger.log_metrics(dict(metrics), step),
-            total_steps=total_steps,
-            layout={
-                "tensor": config.model["tensor_model_parallel_size"],
-                "pipeline": config.model["pipeline_model_parallel_size"],
-                "data": data_parallel_size(config),
-            },
-        )
-        if checkpoint is not None:
-            trainer.load_state_dict(checkpoint)
-            if actor.is_main:
-                print(f"Continuing after step {checkpoint.state['step']} from {checkpoint.path}", flush=True)
-        if actor.is_main:
-            save_run_config(tree, config.run_dir)
-        trainer.fit()
-        if loop.export_nemo and trainer.finished:
-            trainer.export(Path(config.run_dir) / "model.nemo")
-        policy.logger.finalize()
+    rewards = rooms.enter_context(closing(RewardClient(config.reward)))
+    rewards.check_server(config.data.languages)
+    starts.begin(0 if checkpoint is None else checkpoint.state["step"], main=is_main_process(os.environ))
+    policy = build_policy(
+        config,
+        total_updates=total_steps * config.algorithm.num_updates,
+        resume_from=None if checkpoint is None else checkpoint.shards,
+    )
+    rooms.callback(policy.logger.finalize)
+    actor = MegatronActor(policy, config)
+    starts.count = actor.max_over_ranks(starts.count)
+    starts.refuse_if_too_many()
+    trainer = LrpoTrainer(
+        config,
+        actor=actor,
+        router=router,
+        sampler=sampler,
+        renderer=renderer,
+        rewards=rewards,
+        validation=validation,
+        log=lambda metrics, step: policy.logger.log_metrics(dict(metrics), step),
+        total_steps=total_steps,
+        layout={
+            "tensor": config.model["tensor_model_parallel_size"],
+            "pipeline": config.model["pipeline_model_parallel_size"],
+            "data": data_parallel_size(config),
+        },
+        stop=stop,
+    )
+    if checkpoint is not None:
+        trainer.load_state_dict(checkpoint)
+    if actor.is_main:
+        save_run_config(tree, config.run_dir)
+    return trainer
 
 
 def planned_steps(config: TrainConfig, questions: int) -> int:
@@ -110,9 +149,13 @@ def exit_readably() -> Iterator[None]:
     from nemo_lrpo.serving.errors import RewardError
     from nemo_lrpo.training.checkpoint import CheckpointError
     from nemo_lrpo.training.scoring import StepRefused
+    from nemo_lrpo.training.stopping import EXIT_NO_PROGRESS, NoProgress
 
     try:
         yield
+    except NoProgress as error:
+        print(f"NoProgress: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_NO_PROGRESS)
     except (ConfigError, DataError, RewardError, CheckpointError, StepRefused) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -121,7 +164,7 @@ def exit_readably() -> Iterator[None]:
 def main(tree: DictConfig) -> None:
     """Entry point."""
     with exit_readably():
-        run(load_train_config(tree), tree)
+        sys.exit(run(load_train_config(tree), tree))
 
 
 if __name__ == "__main__":

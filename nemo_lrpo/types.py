@@ -184,3 +184,7 @@ class Score:
 
 class ScoringAbandoned(Exception):
     """Nobody waits for the scores any more: the request was cancelled, or its deadline has passed."""
+
+
+class StepAbandoned(Exception):
+    """A step or validation was given up on all ranks, because the run is to stop. It has changed nothing."""

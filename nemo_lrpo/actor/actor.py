@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from nemo_aligner.utils import parallel_state as aligner_state
 from nemo_aligner.utils.distributed import broadcast_tensor_within_pp
 from nemo_aligner.utils.utils import adapter_control, clear_memory, configure_batch_sizes, cpu_weight_swap
@@ -21,6 +21,7 @@ from nemo_lrpo.actor import collectives
 from nemo_lrpo.actor.generation import RolloutEngine, build_engine
 from nemo_lrpo.actor.policy import Batch, LrpoActorModel
 from nemo_lrpo.actor.setup import Policy, export_nemo, save_shards
+from nemo_lrpo.actor.stop_request import StopRequest
 from nemo_lrpo.algorithms.loss import aggregation_weights, grpo_loss
 from nemo_lrpo.config.schema import TrainConfig
 from nemo_lrpo.types import Rollouts, Score, TaggedPrompt, TrainingBatch
@@ -56,6 +57,7 @@ class MegatronActor:
         seeds: Sequence[int],
         on_finished: Callable[[Rollouts], None],
         temperature: float | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Rollouts:
         total, budget = len(prompts), self._config.rollout.max_new_tokens
         width = max(len(prompt.token_ids) for prompt in prompts) + budget
@@ -69,7 +71,10 @@ class MegatronActor:
             # Prompts of like length share a batch: NeMo decodes from the shortest prompt of a batch on.
             rows = sorted(range(rank, total, ranks), key=lambda row: len(prompts[row].token_ids))
             size = self._config.rollout.micro_batch_size
+            stop = StopRequest(should_stop)
             for chunk in (rows[start : start + size] for start in range(0, len(rows), size)):
+                if stop.stops():
+                    break
                 batch = self._generate_batch(
                     [prompts[row] for row in chunk], [seeds[row] for row in chunk], temperature, decode=answers
                 )
@@ -79,6 +84,7 @@ class MegatronActor:
                     seconds[chunk] = batch.seconds
                     on_finished(batch)
         self._engine.release()
+        stop.settle()
         # Exactly one rank has filled each row, so the sum over ranks is the union.
         tokens, facts = collectives.sum_over_ranks(tokens), collectives.sum_over_ranks(facts)
         lengths, ended, valid = facts[:, 0].clone(), facts[:, 1].bool(), facts[:, 2].bool()
@@ -284,6 +290,14 @@ class MegatronActor:
 
     def agree(self, error: BaseException | None) -> None:
         collectives.agree(error)
+
+    def max_over_ranks(self, value: int) -> int:
+        return collectives.max_over_ranks(value)
+
+    def reseed(self, seed: int) -> None:
+        # As NeMo seeds it at the start: stages apart by 100, tensor-parallel ranks by Megatron itself.
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31 + 100 * stage)
 
     def save_shards(self, directory: Path) -> None:
         save_shards(self._policy, directory)

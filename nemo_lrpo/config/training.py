@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import List, Optional
 
 from nemo_lrpo.config.checks import ConfigError, check_choice, check_file, check_range
+
+
+@dataclass
+class StopConfig:
+    """`trainer.lrpo.stop`: how a run is ended from outside. SIGTERM, SIGUSR1 and the end of the job's time make it save
+    and exit with code 75, after the step under way where that still fits."""
+
+    time_limit: Optional[str] = None
+    """Length of the job, [D-]HH:MM:SS or seconds, counted from the job's start (Slurm's, where it says so, else this
+    process's). Where Slurm says when the job ends, that is heeded without this key."""
+    grace_seconds: float = 30.0
+    """From a signal to the moment when the launcher kills the job. Slurm (KillWait) and torchrun give 30 s."""
+    margin: float = 1.5
+    """Factor on the measured times of steps and saves, when it is worked out what still fits."""
+    no_progress_limit: int = 3
+    """After so many starts in a row that have not completed a step the exit code is 79 in place of 75; 0: never."""
+
+    @property
+    def seconds(self) -> float | None:
+        """`time_limit` in seconds."""
+        if self.time_limit is None:
+            return None
+        match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)|(\d+)", self.time_limit.strip())
+        if match is None:
+            return math.nan
+        days, hours, minutes, seconds, alone = (float(part or 0) for part in match.groups())
+        return days * 86400 + hours * 3600 + minutes * 60 + seconds + alone
+
+    def check(self, key: str) -> None:
+        # NaN is not above zero either.
+        if self.seconds is not None and not self.seconds > 0:
+            raise ConfigError(f"{key}.time_limit={self.time_limit!r}: give [D-]HH:MM:SS, seconds, or null for none.")
+        check_range(f"{key}.grace_seconds", self.grace_seconds, at_least=0.0, below=math.inf)
+        check_range(f"{key}.margin", self.margin, at_least=1.0, below=math.inf)
+        check_range(f"{key}.no_progress_limit", self.no_progress_limit, at_least=0)
 
 
 @dataclass
@@ -38,6 +75,8 @@ class LoopConfig:
     """Rollouts written as text to rollouts.jsonl at every step."""
     export_nemo: bool = True
     """Write `<run_dir>/model.nemo` after the last step."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    """What happens when the run is told to stop."""
 
     def check(self, key: str) -> None:
         check_range(f"{key}.max_steps", self.max_steps, at_least=-1)
@@ -54,6 +93,7 @@ class LoopConfig:
             "log_samples",
         ):
             check_range(f"{key}.{name}", getattr(self, name), at_least=0)
+        self.stop.check(f"{key}.stop")
         if self.max_steps == 0:
             raise ConfigError(f"{key}.max_steps=0 trains nothing; give a positive number, or -1 for no limit.")
 

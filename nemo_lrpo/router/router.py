@@ -142,8 +142,9 @@ class BanditRouter:
         first = np.cumsum(size) - size
         group = np.repeat(np.arange(len(questions)), size)
         slot = np.arange(len(group)) - first[group]
-        used, row = np.unique(context, return_inverse=True)
-        mixture = self._mixture([self._contexts[c] for c in used.tolist()])
+        # In the order of the step: the rows of `_contexts` depend on what was asked before, and sums on their order.
+        used, row = first_seen(context)
+        mixture = self._mixture([self._contexts[c] for c in used])
         draws = Draws(
             first=first,
             size=size,

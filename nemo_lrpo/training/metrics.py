@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,17 +110,19 @@ def sample_record(
 class JsonLines:
     """A file of JSON objects, one a line, flushed at every line; a run that stops keeps what it wrote.
 
-    `drop_after` removes lines of steps that a resumed run is about to repeat.
+    A resumed run cuts off what it is about to write again: lines of steps after `resume_step`, at that step those of
+    the kind `redo`, and what is no whole record. Without `resume_step` the file starts empty.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None):
+    def __init__(self, path: Path, resume_step: int | None = None, redo: str | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is None:
             path.unlink(missing_ok=True)
         elif path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_step]
             partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            # As bytes: only \n ends a line here, and a line may end in the middle of a character.
+            with path.open("rb") as lines, partial.open("wb") as kept:
+                kept.writelines(line for line in lines if _belongs(line, resume_step, redo))
             partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -131,13 +134,21 @@ class JsonLines:
         self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """To the disk, so that a checkpoint that follows never knows more than the file."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
-    """Step of a record; a line cut off by a crash belongs to no step and goes."""
+def _belongs(line: bytes, resume_step: int, redo: str | None) -> bool:
+    """Whether a line is a whole record of what was done up to `resume_step`."""
+    if not line.endswith(b"\n"):
+        return False
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        step = record["step"]
+        return step < resume_step or (step == resume_step and (redo is None or record.get("kind") != redo))
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False

@@ -25,11 +25,13 @@ class Actor(Protocol):
         seeds: Sequence[int],
         on_finished: Callable[[Rollouts], None],
         temperature: float | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Rollouts:
         """Answer every prompt, seeds [N] 64-bit. Returns all N rollouts in prompt order, without texts.
 
         `on_finished` gets every micro batch as soon as it is decoded, on the one rank that answers for it.
-        `temperature` replaces the configured one; 0 is greedy.
+        `temperature` replaces the configured one; 0 is greedy. `should_stop` is asked on every rank before each of its
+        batches; as soon as it is true on one of them, all give up and raise StepAbandoned.
         """
 
     def reference_logprobs(self, batch: TrainingBatch) -> None:
@@ -52,6 +54,12 @@ class Actor(Protocol):
 
     def export(self, path: Path, artifacts: Mapping[str, str]) -> None:
         """Write a .nemo that carries `artifacts` (file name -> text)."""
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest of the ranks' numbers (the one argument besides `local` that may differ), on every rank."""
+
+    def reseed(self, seed: int) -> None:
+        """Make what the model draws in training (dropout) a function of `seed` and this rank's place in the layout."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -52,6 +52,11 @@ class ScoreCollector:
         except Exception as error:
             self._error = self._error or error
 
+    def cancel(self) -> None:
+        """Nobody waits for the scores any more: `join` raises. Never blocks; safe to call from another thread."""
+        for pending in self._pending:
+            pending.cancel()
+
     def join(self, actor: Actor, max_missing_share: float) -> dict[str, Score]:
         """All ranks: the step's scores by sample id; samples without a valid reply are absent.
 
@@ -65,8 +70,7 @@ class ScoreCollector:
                 local.update(pending.result())
         except Exception as error:
             self._error = error
-            for pending in self._pending:
-                pending.cancel()
+            self.cancel()
         try:
             actor.agree(self._error)
         except Exception as error:

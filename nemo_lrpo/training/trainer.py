@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,21 @@ from nemo_lrpo.router import LanguagePlan, LanguageRouter, to_json
 from nemo_lrpo.seeding import derive_seed
 from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from nemo_lrpo.training.evaluation import evaluate
-from nemo_lrpo.training.metrics import JsonLines, Timer, rollout_metrics, sample_record
+from nemo_lrpo.training.layout import layout_news
+from nemo_lrpo.training.metrics import Timer, rollout_metrics
 from nemo_lrpo.training.protocols import Actor, Logger, RewardService
+from nemo_lrpo.training.runlog import RunLog, StepRecord
 from nemo_lrpo.training.scoring import ScoreCollector, StepRefused
-from nemo_lrpo.types import Prompt, Rollouts, Score, TrainingBatch
+from nemo_lrpo.training.stopping import Stop, describe
+from nemo_lrpo.types import Prompt, Rollouts, Score, StepAbandoned, TrainingBatch
 
 
-@dataclass
-class StepRecord:
-    """What a step leaves for the logs; arrays are in plan order."""
+class _Stopped(Exception):
+    """The loop ends here, before its last step."""
 
-    plan: LanguagePlan
-    rollouts: Rollouts
-    scores: dict[str, Score]
-    advantages: list[float]
-    metrics: dict[str, float]
+    def __init__(self, reason: int):
+        super().__init__(reason)
+        self.reason = reason
 
 
 class LrpoTrainer:
@@ -56,6 +56,7 @@ class LrpoTrainer:
         log: Logger,
         total_steps: int,
         layout: Mapping[str, int],
+        stop: Stop,
     ):
         self._config = config
         self._actor = actor
@@ -68,9 +69,11 @@ class LrpoTrainer:
         self._total_steps = total_steps
         self._layout = dict(layout)
         self._store = CheckpointStore(Path(config.run_dir) / "checkpoints", config.loop.keep_checkpoints)
+        self._stop = stop
         self._timer = Timer()
         self._step = 0
         self._saved_step: int | None = None
+        self._validated_step: int | None = None
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -87,7 +90,9 @@ class LrpoTrainer:
             tagged = self._renderer.render_all(plan)
         with time("generate"):
             scoring = ScoreCollector(self._rewards, plan)
-            rollouts = self._actor.generate(tagged, self._seeds(plan), on_finished=scoring.submit)
+            rollouts = self._actor.generate(
+                tagged, self._seeds(plan), on_finished=scoring.submit, should_stop=self._stop.must_abandon
+            )
         batch = TrainingBatch(
             tokens=rollouts.tokens,
             prompt_lengths=rollouts.prompt_lengths,
@@ -95,13 +100,16 @@ class LrpoTrainer:
             advantages=torch.zeros(len(plan)),
             use=rollouts.ended & rollouts.valid,
         )
+        self._abandon_if_due()
         with time("reference"):
             self._actor.reference_logprobs(batch)
-        with time("score_wait"):
+        with time("score_wait"), self._stop.cancelling(scoring.cancel):
             scores = scoring.join(self._actor, config.reward.max_missing_share)
         rewards = reward_column(plan, scores)
         groups = self._advantages(batch, plan, rewards)
+        self._abandon_if_due()
         with time("update"):
+            self._actor.reseed(derive_seed("update", config.seed, self._step))
             metrics = self._update(batch, plan)
         with time("observe"):
             self._router.observe(plan, rewards)
@@ -166,92 +174,108 @@ class LrpoTrainer:
         """Whether all steps of the run are done."""
         return self._step >= self._total_steps
 
-    def fit(self) -> None:
-        """Train until the configured number of steps, with validation, logs and checkpoints between them."""
-        last = self._total_steps
-        if self._config.loop.stop_after_steps:
-            last = min(last, self._step + self._config.loop.stop_after_steps)
-        loop, run_dir = self._config.loop, Path(self._config.run_dir)
-        resume_step = self._step if self._step else None
-        main = self._actor.is_main
-        log = JsonLines(run_dir / "metrics.jsonl", resume_step) if main else None
-        samples = JsonLines(run_dir / "rollouts.jsonl", resume_step) if main else None
-        bar = tqdm(total=self._total_steps, initial=self._step, desc="train", unit="step", disable=not main)
-        if loop.val_at_start and self._step == 0 and self._validation:
-            self._validate(log)
-        try:
-            while self._step < last:
-                with self._saved_if_refused():
-                    record = self.step()
-                done = self._step == last
-                if log is not None and samples is not None:
-                    log.write({"kind": "train", "step": self._step, **record.metrics})
-                    self._log({f"train/{name}": value for name, value in record.metrics.items()}, self._step)
-                    self._write_samples(samples, record)
-                    bar.set_postfix(
-                        reward=f"{record.metrics.get('reward', float('nan')):.3f}",
-                        gate=f"{record.metrics.get('gate', float('nan')):.2f}",
-                        seconds=f"{record.metrics['time/step']:.1f}",
-                    )
-                bar.update()
-                if self._validation and _due(self._step, loop.val_check_interval, self.finished):
-                    with self._saved_if_refused():
-                        self._validate(log)
-                if _due(self._step, loop.save_interval, done) or done:
-                    self.save()
-        finally:
-            bar.close()
-            for file in (log, samples):
-                if file is not None:
-                    file.close()
+    @property
+    def steps_done(self) -> int:
+        """Completed steps of the run, those of earlier starts included."""
+        return self._step
 
-    @contextmanager
-    def _saved_if_refused(self) -> Iterator[None]:
-        """A step or validation that is refused leaves a checkpoint of the moment before it, where the next start goes
-        on; before the first step there is nothing to save."""
-        position = self._sampler.state_dict()
+    def fit(self) -> int:
+        """Train until the configured number of steps, with validations, logs and checkpoints between them.
+
+        Returns 0, or why the run stops before its last step (a signal's number or TIME_LIMIT). Both ways it is saved as
+        of the last step that was completed. Raises what ends a step for good; a StepRefused leaves the run saved.
+        """
+        last, log = self._last_step(), self._open_log()
         try:
-            yield
+            self._validate_if_due(log)
+            while self._step < last:
+                with self._whole_or_undone("step"):
+                    record = self.step()
+                log.step(self._step, record, self._actor.decode)
+                self._validate_if_due(log)
+                if self._step == last or _due(self._step, self._config.loop.save_interval, self.finished):
+                    self._save_once(log)
+        except _Stopped as stopped:
+            self._save_once(log)
+            why = describe(stopped.reason)
+            self._say(f"Stopped by {why} after step {self._step}. Nothing is lost: the same command goes on.")
+            return stopped.reason
         except StepRefused as error:
             if not self._step:
                 raise
-            self._sampler.load_state_dict(position)
-            if self._saved_step != self._step:
-                self.save()
+            self._save_once(log)
             raise type(error)(f"after step {self._step}: {error} The run is saved; start it again to go on.") from error
+        finally:
+            log.close()
+        return 0
 
-    def _validate(self, log: JsonLines | None) -> None:
-        result = evaluate(
-            self._actor,
-            self._rewards,
-            self._renderer,
-            self._validation,
-            seed=self._config.seed,
-            temperature=self._config.loop.val_temperature,
-            max_missing_share=self._config.reward.max_missing_share,
+    def _last_step(self) -> int:
+        own = self._config.loop.stop_after_steps
+        return min(self._total_steps, self._step + own) if own else self._total_steps
+
+    def _open_log(self) -> RunLog:
+        loop = self._config.loop
+        return RunLog(
+            Path(self._config.run_dir) if self._actor.is_main else None,
+            total_steps=self._total_steps,
+            resume_step=self._step or None,
+            validates_again=self._validation_due,
+            logger=self._log,
+            samples=loop.log_samples,
         )
-        if log is not None:
-            log.write({"kind": "validation", "step": self._step, **result.metrics})
-            self._log({f"validation/{name}": value for name, value in result.metrics.items()}, self._step)
 
-    def _write_samples(self, file: JsonLines, record: StepRecord) -> None:
-        count = min(self._config.loop.log_samples, len(record.plan))
-        # Spread over the step, so that several questions and slots are seen.
-        rows = sorted({index * len(record.plan) // count for index in range(count)}) if count else []
-        for row, text in zip(rows, self._actor.decode(record.rollouts, rows), strict=True):
-            routed = record.plan[row]
-            file.write(
-                {
-                    "step": self._step,
-                    **sample_record(
-                        routed,
-                        text,
-                        bool(record.rollouts.ended[row]),
-                        record.scores.get(routed.sample_id),
-                        record.advantages[row],
-                    ),
-                }
+    @contextmanager
+    def _whole_or_undone(self, kind: str) -> Iterator[None]:
+        """A "step" or "validation" that all ranks complete, or that none has begun.
+
+        One that does not fit into the time left is not begun, or given up; one that is refused while the run is to stop
+        counts as given up, since what it asks for may be stopping too. Raises _Stopped.
+        """
+        if reason := self._reason(kind):
+            raise _Stopped(reason)
+        position = self._sampler.state_dict()
+        try:
+            with self._stop.timed(kind):
+                yield
+        except (StepAbandoned, StepRefused) as error:
+            self._sampler.load_state_dict(position)
+            if reason := self._reason(kind):
+                raise _Stopped(reason) from error
+            raise
+
+    def _reason(self, kind: str) -> int:
+        """All ranks: the reason not to begin that any of them has, or 0."""
+        return self._actor.max_over_ranks(self._stop.reason(kind))
+
+    def _abandon_if_due(self) -> None:
+        """All ranks: give the step up where it does not fit any more."""
+        if self._actor.max_over_ranks(int(self._stop.must_abandon())):
+            raise StepAbandoned("told to stop before the update.")
+
+    @property
+    def _validation_due(self) -> bool:
+        """Whether the validation after the present step is still to come."""
+        loop = self._config.loop
+        if not self._validation or self._validated_step == self._step:
+            return False
+        return _due(self._step, loop.val_check_interval, self.finished) if self._step else loop.val_at_start
+
+    def _validate_if_due(self, log: RunLog) -> None:
+        if not self._validation_due:
+            return
+        with self._whole_or_undone("validation"):
+            result = evaluate(
+                self._actor,
+                self._rewards,
+                self._renderer,
+                self._validation,
+                seed=self._config.seed,
+                temperature=self._config.loop.val_temperature,
+                max_missing_share=self._config.reward.max_missing_share,
+                stop=self._stop,
             )
+        self._validated_step = self._step
+        log.validation(self._step, result.metrics)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -259,6 +283,7 @@ class LrpoTrainer:
         """Everything besides shards that the next step depends on."""
         return {
             "step": self._step,
+            "validated_step": self._validated_step,
             "updates": self._step * self._config.algorithm.num_updates,
             "seed": self._config.seed,
             "data": self._sampler.state_dict(),
@@ -269,9 +294,16 @@ class LrpoTrainer:
 
     def save(self) -> Path:
         """All ranks: write a checkpoint of this moment."""
-        path = self._store.save(self._actor, self.state_dict())
+        with self._stop.timed("save"):
+            path = self._store.save(self._actor, self.state_dict())
         self._saved_step = self._step
         return path
+
+    def _save_once(self, log: RunLog) -> None:
+        """All ranks: save, unless this step is saved. Before the first one there is nothing that a new start lacks."""
+        if self._step and self._saved_step != self._step:
+            log.sync()
+            self.save()
 
     def export(self, path: Path) -> None:
         """All ranks: write the policy as a .nemo that carries the router's final state, readable, and how it ended."""
@@ -289,6 +321,17 @@ class LrpoTrainer:
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         self._step = self._saved_step = state["step"]
+        # Earlier releases validated before every save.
+        self._validated_step = state.get("validated_step", self._step)
+        self._say(f"Continuing after step {self._step} from {checkpoint.path}")
+        if news := layout_news(state["layout"], self._layout):
+            self._say(news)
+
+    def _say(self, text: str) -> None:
+        """Print on the main rank, past the progress bar."""
+        if self._actor.is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 def check_resumable(checkpoint: Checkpoint, seed: int, languages: Sequence[str]) -> None:

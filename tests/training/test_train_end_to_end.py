@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import tarfile
@@ -22,46 +21,14 @@ import numpy as np
 import pytest
 from encoder_fixture import build_tiny_encoder
 from launch import ROOT, run
+from training_runs import LANGUAGES, Runs, settings_for
+from warm_start import Starter
 
 from nemo_lrpo.router import from_json
 from tools.plot_router import heat_maps
 from tools.saved_router import read_source, rebuild
 
 pytestmark = pytest.mark.slow
-
-LANGUAGES = ("de", "en", "ja")
-QUESTIONS = {
-    "de": ("Wie heißt die Währung von {}?", "Die Währung von {} heißt {}."),
-    "en": ("What is the currency of {}?", "The currency of {} is the {}."),
-    "ja": ("{}の通貨は何ですか。", "{}の通貨は{}です。"),
-}
-CURRENCIES = (("Japan", "Yen"), ("Kenya", "Shilling"), ("Peru", "Sol"), ("Israel", "Shekel"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve questions in three languages, one of them with its language fixed."""
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = []
-    for language, (question, answer) in QUESTIONS.items():
-        for index, (country, currency) in enumerate(CURRENCIES):
-            text = question.format(country)
-            rows.append(
-                {
-                    "prompt": [{"role": "user", "content": text}],
-                    "question": text,
-                    "answer": answer.format(country, currency),
-                    "reward_model": {"ground_truth": answer.format(country, currency), "style": "model"},
-                    "ability": "Translation" if index == 3 else "Regional Knowledge",
-                    "extra_info": {
-                        "id": f"{country}-{language}",
-                        "language": language,
-                        "region": ["Asia", "Africa", "America", "Asia"][index],
-                    },
-                }
-            )
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @contextmanager
@@ -108,50 +75,31 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 class Launcher:
     """Starts training runs that share model, data and server."""
 
-    def __init__(self, nemo: Path, data: Path, endpoint: Path):
-        self._settings = {
-            "pretrained_checkpoint.restore_from_path": nemo,
-            "data.train": data,
-            "data.validation": "null",
-            "data.languages": f"[{','.join(LANGUAGES)}]",
-            "reward.endpoint_file": endpoint,
-            "router.update_every": 2,
-            "router.reserved_slots": 1,
-            "rollout.micro_batch_size": 8,
-            "rollout.max_new_tokens": 8,
-            "trainer.lrpo.prompts_per_step": 4,
-            "trainer.lrpo.rollouts_per_prompt": 4,
-            "trainer.lrpo.max_steps": 4,
-            "trainer.lrpo.max_epochs": 2,
-            "trainer.lrpo.save_interval": 2,
-            "trainer.lrpo.val_check_interval": 0,
-            "trainer.lrpo.log_samples": 16,
-            # Random text hardly ever ends by itself, and what has not ended does not train: let any letter end it.
-            "rollout.end_strings": f"[{','.join(string.ascii_lowercase)}]",
-            "model.micro_batch_size": 4,
-            "model.optim.lr": 1e-3,
-            "model.optim.sched": "{name: CosineAnnealing, warmup_steps: 1, constant_steps: 0, min_lr: 1e-5}",
-        }
+    def __init__(self, runs: Runs):
+        self._runs = runs
 
-    def __call__(self, run_dir: Path, *, ranks: int = 1, expect: int = 0, **changes: object) -> str:
-        """Train; keys of `changes` have `__` for dots. Returns what the run printed."""
-        settings = {**self._settings, "run_dir": run_dir, "trainer.devices": ranks}
-        settings |= {key.replace("__", "."): value for key, value in changes.items()}
-        overrides = [f"{key}={value}" for key, value in settings.items()]
-        arguments = ["-m", "nemo_lrpo.train", "--config-name", "demo", *overrides]
-        return run(arguments, ranks=ranks, expect=expect).stdout
+    def __call__(
+        self, run_dir: Path, *, ranks: int = 1, expect: int = 0, command_line: bool = False, **changes: object
+    ) -> str:
+        """Train; keys of `changes` have `__` for dots. Returns what the run printed.
+
+        From a process that has the stack imported, or as a user starts it from the command line.
+        """
+        if not command_line:
+            return self._runs(run_dir, [expect] * ranks, **changes)
+        return run(["-m", "nemo_lrpo.train", *self._runs.arguments(run_dir, ranks, changes)], ranks=ranks).stdout
 
 
 @pytest.fixture(scope="module")
-def train(tiny_nemo: Path, data: Path, endpoint: Path) -> Launcher:
-    return Launcher(tiny_nemo, data, endpoint)
+def train(starter: Starter, tiny_nemo: Path, data: Path, endpoint: Path) -> Launcher:
+    return Launcher(Runs(starter, settings_for(tiny_nemo, data, endpoint)))
 
 
 @pytest.fixture(scope="module")
 def whole(train: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps without a break."""
     path = tmp_path_factory.mktemp("whole")
-    train(path)
+    train(path, command_line=True)
     return path
 
 
@@ -250,15 +198,11 @@ def test_two_and_two_steps_equal_four(train: Launcher, half: Path, whole: Path, 
     assert records(run_dir)[-1]["policy/lr"] == records(whole)[-1]["policy/lr"]
 
 
-@pytest.mark.parametrize(
-    "layout", [{"model__tensor_model_parallel_size": 2}, {"model__pipeline_model_parallel_size": 2}, {}]
-)
-def test_a_run_continues_on_another_layout(
-    train: Launcher, half: Path, whole: Path, tmp_path: Path, layout: dict[str, int]
-) -> None:
+def test_a_run_continues_on_another_layout(train: Launcher, half: Path, whole: Path, tmp_path: Path) -> None:
+    """As torchrun starts it; all layouts, both ways: test_resume.py."""
     run_dir = tmp_path / "run"
     shutil.copytree(half, run_dir)
-    train(run_dir, ranks=2, **layout)
+    train(run_dir, ranks=2, command_line=True, model__tensor_model_parallel_size=2)
     assert_same_run(run_dir, whole, relative=2e-3)
 
 
