@@ -28,6 +28,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     from nemo_lrpo.actor.actor import MegatronActor
     from nemo_lrpo.actor.setup import build_policy, check_nemo_sections
     from nemo_lrpo.actor.tokenizer import open_tokenizer
+    from nemo_lrpo.actor.watchdog import Watchdog
     from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.data.reader import read_prompts
     from nemo_lrpo.serving.client import RewardClient
@@ -42,16 +43,18 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     prompts = renderer.fitting(prompts, config.data.languages)
     with closing(RewardClient(config.reward)) as rewards:
         rewards.check_server(config.data.languages)
-        actor = MegatronActor(build_policy(config, total_updates=1, resume_from=None, training=False), config)
-        result = evaluate(
-            actor,
-            rewards,
-            renderer,
-            prompts,
-            seed=config.seed,
-            temperature=evaluation.temperature,
-            max_missing_share=config.reward.max_missing_share,
-        )
+        policy = build_policy(config, total_updates=1, resume_from=None, training=False)
+        with Watchdog(config.loop.progress_timeout_s, "Nothing was written.") as watchdog:
+            actor = MegatronActor(policy, config, on_progress=watchdog.beat)
+            result = evaluate(
+                actor,
+                rewards,
+                renderer,
+                prompts,
+                seed=config.seed,
+                temperature=evaluation.temperature,
+                max_missing_share=config.reward.max_missing_share,
+            )
     if actor.is_main:
         out = Path(evaluation.out)
         out.parent.mkdir(parents=True, exist_ok=True)

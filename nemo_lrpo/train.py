@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import hydra
@@ -32,6 +32,7 @@ def run(config: TrainConfig, tree: DictConfig) -> None:
     from nemo_lrpo.actor.actor import MegatronActor
     from nemo_lrpo.actor.setup import build_policy, check_nemo_sections, data_parallel_size
     from nemo_lrpo.actor.tokenizer import open_tokenizer
+    from nemo_lrpo.actor.watchdog import Watchdog
     from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.data.reader import contexts, read_prompts
     from nemo_lrpo.data.sampler import PromptSampler
@@ -55,15 +56,17 @@ def run(config: TrainConfig, tree: DictConfig) -> None:
 
     checkpoint = CheckpointStore(Path(config.run_dir) / "checkpoints", loop.keep_checkpoints).latest()
     if checkpoint is not None:
-        check_resumable(checkpoint, config.seed, router.languages)
-    with closing(RewardClient(config.reward)) as rewards:
+        check_resumable(checkpoint, config.seed, router.languages, sampler.state_dict())
+    with ExitStack() as stack:
+        rewards = stack.enter_context(closing(RewardClient(config.reward)))
         rewards.check_server(config.data.languages)
         policy = build_policy(
             config,
             total_updates=total_steps * config.algorithm.num_updates,
             resume_from=None if checkpoint is None else checkpoint.shards,
         )
-        actor = MegatronActor(policy, config)
+        watchdog = stack.enter_context(Watchdog(loop.progress_timeout_s, afterwards(config)))
+        actor = MegatronActor(policy, config, on_progress=watchdog.beat)
         trainer = LrpoTrainer(
             config,
             actor=actor,
@@ -92,6 +95,14 @@ def run(config: TrainConfig, tree: DictConfig) -> None:
         policy.logger.finalize()
 
 
+def afterwards(config: TrainConfig) -> str:
+    """What becomes of a run whose processes were ended."""
+    return (
+        f"What is saved is the newest checkpoint in {Path(config.run_dir) / 'checkpoints'}, if there is one; starting "
+        "the run again repeats the steps after it, with the same results."
+    )
+
+
 def planned_steps(config: TrainConfig, questions: int) -> int:
     """Steps of the whole run, resumed ones counted: `max_epochs` over the questions, cut at `max_steps`."""
     loop = config.loop
@@ -109,11 +120,11 @@ def exit_readably() -> Iterator[None]:
     from nemo_lrpo.data.errors import DataError
     from nemo_lrpo.serving.errors import RewardError
     from nemo_lrpo.training.checkpoint import CheckpointError
-    from nemo_lrpo.training.scoring import StepRefused
+    from nemo_lrpo.types import AgreedError
 
     try:
         yield
-    except (ConfigError, DataError, RewardError, CheckpointError, StepRefused) as error:
+    except (ConfigError, DataError, RewardError, CheckpointError, AgreedError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

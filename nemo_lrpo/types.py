@@ -184,3 +184,27 @@ class Score:
 
 class ScoringAbandoned(Exception):
     """Nobody waits for the scores any more: the request was cancelled, or its deadline has passed."""
+
+
+class AgreedError(Exception):
+    """All ranks raise it at the same point, so that none waits for another; what they do next, they do together."""
+
+
+class RankFailure(AgreedError, RuntimeError):
+    """One or several ranks brought an error to a point where all ranks meet; it says which, and what the errors were.
+
+    `__cause__` is the rank's own error, None on the ranks that had none.
+    """
+
+
+class NonFiniteError(AgreedError, ArithmeticError):
+    """Loss or gradient is NaN or infinite; raised before the optimizer moves.
+
+    updates_done: optimizer steps that the same training step had made before.
+    """
+
+    def __init__(self, loss: float, grad_norm: float, updates_done: int) -> None:
+        super().__init__(f"loss={loss}, grad_norm={grad_norm}: the optimizer did not step.")
+        self.loss = loss
+        self.grad_norm = grad_norm
+        self.updates_done = updates_done

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,30 +24,33 @@ from nemo_lrpo.actor.policy import Batch, LrpoActorModel
 from nemo_lrpo.actor.setup import Policy, export_nemo, save_shards
 from nemo_lrpo.algorithms.loss import aggregation_weights, grpo_loss
 from nemo_lrpo.config.schema import TrainConfig
-from nemo_lrpo.types import Rollouts, Score, TaggedPrompt, TrainingBatch
+from nemo_lrpo.types import NonFiniteError, Rollouts, Score, TaggedPrompt, TrainingBatch
 
 _LOSS_SUMS = ("loss", "policy_loss", "kl_loss")
 _TOKEN_SUMS = ("kl", "ratio", "clipped_low", "clipped_high", "surprisal", "old_kl")
 
 
-class NonFiniteError(ArithmeticError):
-    """Loss or gradient is NaN or infinite; raised on all ranks before the optimizer moves."""
-
-
 class MegatronActor:
     """Implements nemo_lrpo.training.protocols.Actor on Megatron's tensor, pipeline and data parallel ranks."""
 
-    def __init__(self, policy: Policy, config: TrainConfig):
+    def __init__(self, policy: Policy, config: TrainConfig, on_progress: Callable[[str], None] = lambda _: None):
+        """on_progress: called, with a name for what comes next, wherever this rank has got on."""
         self._policy = policy
         self._model = policy.model
         self._config = config
         self._engine: RolloutEngine = build_engine(policy.model, config.rollout)
         self._tokenizer = policy.model.tokenizer
         self._reference: torch.Tensor | None = None
+        self._on_progress = on_progress
+        policy.model.on_micro_batch = partial(on_progress, "passes through the model")
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
 
     @property
     def is_main(self) -> bool:
-        return dist.get_rank() == 0
+        return self.rank == 0
 
     # -- rollouts ------------------------------------------------------------------------------------------------
 
@@ -62,23 +66,24 @@ class MegatronActor:
         tokens = torch.zeros(total, width, dtype=torch.int64)
         facts = torch.zeros(total, 3, dtype=torch.int64)  # length, ended, valid
         seconds = torch.zeros(total, dtype=torch.float64)
+        error = None
         self._engine.prepare()
-        with self._engine.layout():
-            rank, ranks = aligner_state.get_data_parallel_rank(), aligner_state.get_data_parallel_world_size()
-            answers = dist.get_rank() == aligner_state.get_model_parallel_src_rank()
-            # Prompts of like length share a batch: NeMo decodes from the shortest prompt of a batch on.
-            rows = sorted(range(rank, total, ranks), key=lambda row: len(prompts[row].token_ids))
-            size = self._config.rollout.micro_batch_size
-            for chunk in (rows[start : start + size] for start in range(0, len(rows), size)):
-                batch = self._generate_batch(
-                    [prompts[row] for row in chunk], [seeds[row] for row in chunk], temperature, decode=answers
-                )
-                if answers:
+        try:
+            with closing(self._generate_share(prompts, seeds, temperature)) as batches:
+                for chunk, batch in batches:
                     tokens[chunk, : batch.tokens.size(1)] = batch.tokens
                     facts[chunk] = torch.stack((batch.lengths, batch.ended.long(), batch.valid.long()), dim=1)
                     seconds[chunk] = batch.seconds
                     on_finished(batch)
+        except Exception as failure:
+            if self._shares_model:
+                # Its peers wait inside the generation and never come to `agree`: the watchdog tells them.
+                raise
+            error = failure
         self._engine.release()
+        self._on_progress("waiting for the other ranks' generation")
+        collectives.agree_alike(error)
+        self._on_progress("waiting for the scores")
         # Exactly one rank has filled each row, so the sum over ranks is the union.
         tokens, facts = collectives.sum_over_ranks(tokens), collectives.sum_over_ranks(facts)
         lengths, ended, valid = facts[:, 0].clone(), facts[:, 1].bool(), facts[:, 2].bool()
@@ -95,6 +100,30 @@ class MegatronActor:
             texts=(),
             seconds=collectives.sum_over_ranks(seconds),
         )
+
+    def _generate_share(
+        self, prompts: Sequence[TaggedPrompt], seeds: Sequence[int], temperature: float | None
+    ) -> Iterator[tuple[list[int], Rollouts]]:
+        """Generate this rank's rows, batch by batch; where this rank answers for them, yields rows and rollouts."""
+        with self._engine.layout():
+            rank, ranks = aligner_state.get_data_parallel_rank(), aligner_state.get_data_parallel_world_size()
+            answers = dist.get_rank() == aligner_state.get_model_parallel_src_rank()
+            # Prompts of like length share a batch: NeMo decodes from the shortest prompt of a batch on.
+            rows = sorted(range(rank, len(prompts), ranks), key=lambda row: len(prompts[row].token_ids))
+            size = self._config.rollout.micro_batch_size
+            for start in range(0, len(rows), size):
+                chunk = rows[start : start + size]
+                self._on_progress(f"generation, row {start} of {len(rows)}")
+                batch = self._generate_batch(
+                    [prompts[row] for row in chunk], [seeds[row] for row in chunk], temperature, decode=answers
+                )
+                if answers:
+                    yield chunk, batch
+
+    @property
+    def _shares_model(self) -> bool:
+        """Whether this rank holds a part of a model only, and meets others in collectives at every layer."""
+        return parallel_state.get_model_parallel_group().size() > 1
 
     def _generate_batch(
         self, prompts: Sequence[TaggedPrompt], seeds: Sequence[int], temperature: float | None, decode: bool
@@ -144,11 +173,13 @@ class MegatronActor:
     def reference_logprobs(self, batch: TrainingBatch) -> None:
         if self._config.algorithm.kl_coefficient == 0:
             return
+        self._on_progress("the reference's log-probs")
         rows = self._share(batch)
         self._model.prepare_for_inference()
         with _reference_weights(self._model):
             self._reference = self._logprobs(batch.tokens[rows])
         self._model.finish_inference()
+        self._on_progress("waiting for the scores")
 
     def update(self, batch: TrainingBatch) -> dict[str, float]:
         algorithm = self._config.algorithm
@@ -170,15 +201,17 @@ class MegatronActor:
         totals: dict[str, float] = {}
         per_update = len(rows) // algorithm.num_updates
         global_rows = batch.tokens.size(0) // algorithm.num_updates
-        for index in range(algorithm.num_updates):
-            part = {key: value[index * per_update : (index + 1) * per_update] for key, value in share.items()}
-            everyone = mask[index * global_rows : (index + 1) * global_rows]
-            metrics = self.accumulate(part, everyone)
-            metrics |= self._optimizer_step(metrics["loss"])
-            for key, value in metrics.items():
-                totals[key] = totals.get(key, 0.0) + value / algorithm.num_updates
-        self._model.finish_training()
-        clear_memory()
+        try:
+            for index in range(algorithm.num_updates):
+                part = {key: value[index * per_update : (index + 1) * per_update] for key, value in share.items()}
+                everyone = mask[index * global_rows : (index + 1) * global_rows]
+                metrics = self.accumulate(part, everyone)
+                metrics |= self._optimizer_step(metrics["loss"], index)
+                for key, value in metrics.items():
+                    totals[key] = totals.get(key, 0.0) + value / algorithm.num_updates
+        finally:
+            self._model.finish_training()
+            clear_memory()
         return totals
 
     def accumulate(self, part: Batch, everyone: torch.Tensor) -> dict[str, float]:
@@ -207,11 +240,12 @@ class MegatronActor:
         self._model.finish_training_step()
         return self._reduce(collected)
 
-    def _optimizer_step(self, loss: float) -> dict[str, float]:
-        """Clip and step, unless loss or gradient is not finite: then NonFiniteError, and nothing has moved."""
-        grad_norm = self._grad_norm()
+    def _optimizer_step(self, loss: float, updates_done: int) -> dict[str, float]:
+        """Clip and step, unless loss or gradient is not finite: then NonFiniteError, and this update moves nothing."""
+        self._on_progress("the optimizer's step")
+        grad_norm = self.grad_norm()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteError(f"loss={loss}, grad_norm={grad_norm}: the optimizer did not step.")
+            raise NonFiniteError(loss, grad_norm, updates_done)
         learning_rate = float(self._policy.optimizer.param_groups[0]["lr"])
         self._policy.optimizer.step()
         self._policy.scheduler.step()
@@ -252,7 +286,7 @@ class MegatronActor:
         ranks = parallel_state.get_data_parallel_world_size()
         configure_batch_sizes(mbs=size, gbs=num_micro_batches * size * ranks, dp=ranks)
 
-    def _grad_norm(self) -> float:
+    def grad_norm(self) -> float:
         """Global L2 norm of the reduced gradients, before clipping."""
         optimizer = self._policy.optimizer.mcore_optimizer
         optimizer.prepare_grads()
@@ -275,6 +309,7 @@ class MegatronActor:
     # -- agreement, files ----------------------------------------------------------------------------------------
 
     def join_scores(self, sample_ids: Sequence[str], local: Mapping[str, Score]) -> dict[str, Score]:
+        self._on_progress("joining the scores of all ranks")
         own = json.dumps([dataclasses.asdict(score) for score in local.values()])
         known: dict[str, Score] = {}
         for block in collectives.gather_bytes(own.encode()):
@@ -283,15 +318,19 @@ class MegatronActor:
         return {sample_id: known[sample_id] for sample_id in sample_ids if sample_id in known}
 
     def agree(self, error: BaseException | None) -> None:
+        self._on_progress("agreeing with the other ranks")
         collectives.agree(error)
 
     def save_shards(self, directory: Path) -> None:
+        self._on_progress("writing a checkpoint")
         save_shards(self._policy, directory)
 
     def export(self, path: Path, artifacts: Mapping[str, str]) -> None:
+        self._on_progress("exporting the model")
         export_nemo(self._policy, path, artifacts, self.is_main)
 
     def barrier(self) -> None:
+        self._on_progress("waiting for the other ranks")
         dist.barrier()
 
 

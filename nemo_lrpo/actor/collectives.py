@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from nemo_lrpo.types import RankFailure
 
-class PeerError(RuntimeError):
-    """Another rank failed and this one stops with it."""
+_TOLD_RANKS = 8
+_TOLD_BYTES = 2000
+"""Of each rank's error, at most so many are told to the others."""
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,11 +39,31 @@ def gather_bytes(data: bytes) -> list[bytes]:
 
 
 def agree(error: BaseException | None) -> None:
-    """Raise on every rank if any rank brings an error, so that none waits for a peer that is gone."""
-    failed = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    failed[dist.get_rank()] = error is not None
-    ranks = torch.nonzero(sum_over_ranks(failed)).flatten().tolist()
+    """Raise on every rank if any rank brings an error, so that none waits for a peer that is gone.
+
+    Where there is one, it is the own error; on the others RankFailure with the words of those who failed.
+    """
+    failed = sum_over_ranks(torch.tensor(int(error is not None)))
+    if not failed:
+        return
+    own = b"" if error is None else _words(error).encode("utf-8", "replace")
+    told = [words.decode("utf-8", "replace") for words in gather_bytes(own[:_TOLD_BYTES]) if words]
     if error is not None:
         raise error
-    if ranks:
-        raise PeerError(f"rank(s) {', '.join(map(str, ranks))} failed in this step; their logs name the error.")
+    more = f"; and {len(told) - _TOLD_RANKS} more ranks" if len(told) > _TOLD_RANKS else ""
+    raise RankFailure("; ".join(told[:_TOLD_RANKS]) + more)
+
+
+def agree_alike(error: Exception | None) -> None:
+    """As `agree`, but it is RankFailure on the ranks that bring an error too, with that as its cause."""
+    try:
+        agree(error)
+    except RankFailure:
+        raise
+    except Exception as own:
+        raise RankFailure(_words(own)) from own
+
+
+def _words(error: BaseException) -> str:
+    who = f"rank {dist.get_rank()}: " if dist.get_world_size() > 1 else ""
+    return f"{who}{type(error).__name__}: {error}"

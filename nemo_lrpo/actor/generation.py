@@ -111,6 +111,8 @@ class MegatronEngine:
         self._model.eval()
 
     def release(self) -> None:
+        # A generation that failed leaves its key-value cache behind.
+        self._model.inference_params = None
         self._model.finish_inference()
         self._model.train()
 

@@ -26,12 +26,15 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
     """
 
     temperature: float = 1.0
+    on_micro_batch: Callable[[], None] = staticmethod(lambda: None)
+    """Called before each micro batch goes through the model."""
 
     def forward_logprobs(self, model: torch.nn.Module, tokens: torch.Tensor, inference_only: bool) -> tuple[Any, Any]:
         """Forward pass and the function that turns its output into log-probs float32 [B, S-1].
 
         tokens: int64 [B, S]. Log-prob t is that of tokens[:, t + 1]. The causal mask is Megatron's own.
         """
+        self.on_micro_batch()
         position_ids = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         output = model(tokens, position_ids, None, labels=None)
 

@@ -7,6 +7,7 @@ import io
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from nemo_lrpo.config.checks import ConfigError, unknown_key_message
 from nemo_lrpo.config.schema import TrainConfig
 
 OPTIMIZER = "mcore_distributed_optim"
+_BEHIND_WATCHDOG_S = 60.0
 
 
 @dataclass
@@ -114,6 +116,8 @@ def build_policy(config: TrainConfig, *, total_updates: int, resume_from: Path |
     )
     nemo.model = load_and_override_model_config(config.pretrained_checkpoint.restore_from_path, nemo.model)
     trainer = MegatronTrainerBuilder(nemo).create_trainer()
+    # Of all process groups. The watchdog, which can name what is waited for, is to come first.
+    trainer.strategy._timeout = timedelta(seconds=config.loop.progress_timeout_s + _BEHIND_WATCHDOG_S)
     if training:
         exp_manager(trainer, nemo.exp_manager)
     model = load_from_nemo(

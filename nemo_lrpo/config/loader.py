@@ -79,6 +79,18 @@ def load_evaluate_config(tree: DictConfig) -> EvaluateConfig:
     return config
 
 
+def train_config_tree(config: TrainConfig) -> dict[str, Any]:
+    """`config` as plain values in the layout of conf/train.yaml; `restore_train_config` reads it."""
+    tree = dataclasses.asdict(config)
+    tree["trainer"] = {**tree["trainer"], "lrpo": tree.pop("loop")}
+    return tree
+
+
+def restore_train_config(tree: Mapping[str, Any]) -> TrainConfig:
+    """What `train_config_tree` wrote, typed but not checked: its files may have gone since. Raises ConfigError."""
+    return _load(TrainConfig, OmegaConf.create(dict(tree)))
+
+
 C = TypeVar("C", bound=TrainConfig)
 
 
@@ -120,6 +132,11 @@ def check_train_config(config: TrainConfig) -> None:
             f"trainer.lrpo.rollouts_per_prompt={config.loop.rollouts_per_prompt}; a group has only that many slots."
         )
     _check_groups(config)
+    if config.loop.progress_timeout_s <= config.reward.deadline_s:
+        raise ConfigError(
+            f"trainer.lrpo.progress_timeout_s={config.loop.progress_timeout_s:g} must exceed "
+            f"reward.deadline_s={config.reward.deadline_s:g}, for which a rank may wait for its scores."
+        )
     rows = config.loop.prompts_per_step * config.loop.rollouts_per_prompt
     if config.loop.prompts_per_step % config.algorithm.num_updates:
         raise ConfigError(

@@ -38,6 +38,14 @@ class LoopConfig:
     """Rollouts written as text to rollouts.jsonl at every step."""
     export_nemo: bool = True
     """Write `<run_dir>/model.nemo` after the last step."""
+    on_non_finite: str = "stop"
+    """What a loss or gradient that is not finite does to the run: stop, saved as before the step; or skip: the policy
+    stays as it is for this step (with algorithm.num_updates > 1, from that update on), and the step is counted."""
+    max_non_finite: int = 3
+    """With on_non_finite=skip: so many such steps in a row stop the run after all."""
+    progress_timeout_s: float = 1800.0
+    """Seconds that a rank may go without progress (a batch of answers, a micro batch, the others' arrival, a file);
+    beyond, the process ends, and those of the other ranks with it."""
 
     def check(self, key: str) -> None:
         check_range(f"{key}.max_steps", self.max_steps, at_least=-1)
@@ -54,6 +62,9 @@ class LoopConfig:
             "log_samples",
         ):
             check_range(f"{key}.{name}", getattr(self, name), at_least=0)
+        check_choice(f"{key}.on_non_finite", self.on_non_finite, ("stop", "skip"))
+        check_range(f"{key}.max_non_finite", self.max_non_finite, at_least=1)
+        check_range(f"{key}.progress_timeout_s", self.progress_timeout_s, above=0.0, at_most=1e6)
         if self.max_steps == 0:
             raise ConfigError(f"{key}.max_steps=0 trains nothing; give a positive number, or -1 for no limit.")
 

@@ -40,6 +40,6 @@ def evaluate(
     plan = [RoutedPrompt(prompt, -1, 0, prompt.language, ORIGIN_FIXED, 1.0) for prompt in prompts]
     scoring = ScoreCollector(rewards, plan)
     seeds = [derive_seed("evaluation", seed, prompt.question_id) for prompt in prompts]
-    rollouts = actor.generate(renderer.render_all(plan), seeds, on_finished=scoring.submit, temperature=temperature)
+    rollouts = scoring.generate(actor, renderer.render_all(plan), seeds, temperature)
     scores = scoring.join(actor, max_missing_share)
     return Evaluation(plan, rollouts, scores, rollout_metrics(plan, rollouts, scores))

@@ -16,6 +16,10 @@ class Actor(Protocol):
     """
 
     @property
+    def rank(self) -> int:
+        """This rank's number, from 0."""
+
+    @property
     def is_main(self) -> bool:
         """True on the one rank that writes files."""
 
@@ -29,20 +33,24 @@ class Actor(Protocol):
         """Answer every prompt, seeds [N] 64-bit. Returns all N rollouts in prompt order, without texts.
 
         `on_finished` gets every micro batch as soon as it is decoded, on the one rank that answers for it.
-        `temperature` replaces the configured one; 0 is greedy.
+        `temperature` replaces the configured one; 0 is greedy. Raises RankFailure on every rank where one fails, if
+        each rank holds the whole model; else on that rank its own error, and the watchdog ends the others.
         """
 
     def reference_logprobs(self, batch: TrainingBatch) -> None:
         """Compute and keep the initial policy's log-probs of this rank's share, for the next `update`."""
 
     def update(self, batch: TrainingBatch) -> dict[str, float]:
-        """One pass over the batch: loss, backward, finite check, clip, optimizer, schedule. Returns metrics."""
+        """One pass over the batch: loss, backward, finite check, clip, optimizer, schedule. Returns metrics.
+
+        Raises NonFiniteError.
+        """
 
     def join_scores(self, sample_ids: Sequence[str], local: Mapping[str, Score]) -> dict[str, Score]:
         """The union of what the ranks know of `sample_ids`, on every rank."""
 
     def agree(self, error: BaseException | None) -> None:
-        """Raise on every rank if any rank brings an error: the own one where there is one, else a PeerError."""
+        """Raise on every rank if any rank brings an error: the own one where there is one, else RankFailure."""
 
     def decode(self, rollouts: Rollouts, rows: Sequence[int]) -> list[str]:
         """Responses of the given rows as text, special tokens dropped."""

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from nemo_lrpo.training.protocols import Actor, PendingScores, RewardService
-from nemo_lrpo.types import Rollouts, RoutedPrompt, Score, ScoreRequest
+from nemo_lrpo.types import AgreedError, RankFailure, Rollouts, RoutedPrompt, Score, ScoreRequest, TaggedPrompt
 
 
-class StepRefused(RuntimeError):
+class StepRefused(AgreedError, RuntimeError):
     """A step that cannot be completed. It has changed nothing: policy and router are as they were before it."""
+
+
+class GenerationFailed(StepRefused):
+    """The policy's answers could not be generated on some rank."""
+
+
+class RowRefused(StepRefused):
+    """A question of this step cannot be put to the policy."""
+
+
+class NonFiniteStep(StepRefused):
+    """Loss or gradient is not finite; the optimizer has not moved."""
 
 
 class RewardsUnavailable(StepRefused):
@@ -52,6 +65,24 @@ class ScoreCollector:
         except Exception as error:
             self._error = self._error or error
 
+    def cancel(self) -> None:
+        """Nobody waits for the scores any more: `join` raises. Never blocks; safe to call from another thread."""
+        for pending in self._pending:
+            pending.cancel()
+
+    def generate(
+        self, actor: Actor, prompts: Sequence[TaggedPrompt], seeds: Sequence[int], temperature: float | None = None
+    ) -> Rollouts:
+        """All ranks: the actor's answers, sent off to be scored as they are finished.
+
+        Raises GenerationFailed, on every rank, where one of them could not generate its share.
+        """
+        try:
+            return actor.generate(prompts, seeds, on_finished=self.submit, temperature=temperature)
+        except RankFailure as error:
+            self.cancel()
+            raise GenerationFailed(f"no answers for this step: {error}.") from error
+
     def join(self, actor: Actor, max_missing_share: float) -> dict[str, Score]:
         """All ranks: the step's scores by sample id; samples without a valid reply are absent.
 
@@ -65,10 +96,11 @@ class ScoreCollector:
                 local.update(pending.result())
         except Exception as error:
             self._error = error
-            for pending in self._pending:
-                pending.cancel()
+            self.cancel()
         try:
             actor.agree(self._error)
+        except RankFailure as error:
+            raise RewardsUnavailable(f"no rewards for this step: {error}") from error
         except Exception as error:
             raise RewardsUnavailable(f"no rewards for this step: {type(error).__name__}: {error}") from error
         scores = actor.join_scores(list(self._plan), local)
@@ -78,7 +110,7 @@ class ScoreCollector:
 
 def has_reward(score: Score | None) -> bool:
     """Whether the sample may enter the update and teach the router."""
-    return score is not None and score.reward is not None
+    return score is not None and score.reward is not None and math.isfinite(score.reward)
 
 
 def is_missing(score: Score | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,21 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from nemo_lrpo.algorithms.advantages import GroupStatistics, group_advantages
+from nemo_lrpo.config.loader import train_config_tree
 from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.config.training import LoopConfig
+from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.prompts import PromptRenderer
 from nemo_lrpo.data.sampler import PromptSampler
 from nemo_lrpo.router import LanguagePlan, LanguageRouter, to_json
 from nemo_lrpo.seeding import derive_seed
 from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from nemo_lrpo.training.evaluation import evaluate
+from nemo_lrpo.training.failed import FailedSteps, StepParts
 from nemo_lrpo.training.metrics import JsonLines, Timer, rollout_metrics, sample_record
 from nemo_lrpo.training.protocols import Actor, Logger, RewardService
-from nemo_lrpo.training.scoring import ScoreCollector, StepRefused
-from nemo_lrpo.types import Prompt, Rollouts, Score, TrainingBatch
+from nemo_lrpo.training.scoring import NonFiniteStep, RowRefused, ScoreCollector, StepRefused, has_reward
+from nemo_lrpo.types import NonFiniteError, Prompt, Rollouts, Score, TaggedPrompt, TrainingBatch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,9 +74,12 @@ class LrpoTrainer:
         self._total_steps = total_steps
         self._layout = dict(layout)
         self._store = CheckpointStore(Path(config.run_dir) / "checkpoints", config.loop.keep_checkpoints)
+        facts = {"layout": self._layout, "total_steps": total_steps}
+        self._failed = FailedSteps(Path(config.run_dir) / "failed", actor, train_config_tree(config), facts)
         self._timer = Timer()
         self._step = 0
         self._saved_step: int | None = None
+        self._skipped_in_a_row = 0
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -81,33 +90,41 @@ class LrpoTrainer:
         -> group advantages over all languages of a question -> GRPO update -> router learns what paid.
         """
         config, time = self._config, self._timer
-        with time("route"):
-            prompts = self._sampler.next()
-            plan = self._router.route(prompts, config.loop.rollouts_per_prompt, self._step)
-            tagged = self._renderer.render_all(plan)
-        with time("generate"):
-            scoring = ScoreCollector(self._rewards, plan)
-            rollouts = self._actor.generate(tagged, self._seeds(plan), on_finished=scoring.submit)
-        batch = TrainingBatch(
-            tokens=rollouts.tokens,
-            prompt_lengths=rollouts.prompt_lengths,
-            lengths=rollouts.lengths,
-            advantages=torch.zeros(len(plan)),
-            use=rollouts.ended & rollouts.valid,
-        )
-        with time("reference"):
-            self._actor.reference_logprobs(batch)
-        with time("score_wait"):
-            scores = scoring.join(self._actor, config.reward.max_missing_share)
-        rewards = reward_column(plan, scores)
-        groups = self._advantages(batch, plan, rewards)
-        with time("update"):
-            metrics = self._update(batch, plan)
+        with self._failed.left_behind(self._step) as parts:
+            with time("route"):
+                prompts = self._sampler.next()
+                plan = parts.plan = self._router.route(prompts, config.loop.rollouts_per_prompt, self._step)
+                tagged = parts.prompts = self._render(plan)
+                parts.seeds = self._seeds(plan)
+            with time("generate"):
+                scoring = ScoreCollector(self._rewards, plan)
+                rollouts = parts.rollouts = scoring.generate(self._actor, tagged, parts.seeds)
+            batch = parts.batch = TrainingBatch(
+                tokens=rollouts.tokens,
+                prompt_lengths=rollouts.prompt_lengths,
+                lengths=rollouts.lengths,
+                advantages=torch.zeros(len(plan)),
+                use=rollouts.ended & rollouts.valid,
+            )
+            with time("reference"):
+                self._actor.reference_logprobs(batch)
+            with time("score_wait"):
+                scores = parts.scores = scoring.join(self._actor, config.reward.max_missing_share)
+            rewards = reward_column(plan, scores)
+            groups = self._advantages(batch, plan, rewards)
+            with time("update"):
+                metrics = self._update(parts)
         with time("observe"):
             self._router.observe(plan, rewards)
             self._router.observe_costs(plan, cost_column(rollouts, config.router.price.unit))
         self._step += 1
         return self._record(plan, rollouts, scores, batch, groups, metrics)
+
+    def _render(self, plan: LanguagePlan) -> list[TaggedPrompt]:
+        try:
+            return self._renderer.render_all(plan)
+        except DataError as error:
+            raise RowRefused(str(error)) from error
 
     def _seeds(self, plan: LanguagePlan) -> list[int]:
         return [derive_seed("rollout", self._config.seed, r.step, r.prompt.question_id, r.slot) for r in plan]
@@ -126,16 +143,27 @@ class LrpoTrainer:
         )
         return statistics
 
-    def _update(self, batch: TrainingBatch, plan: LanguagePlan) -> dict[str, float]:
-        """Update the policy; on failure leave the batch behind for replay."""
+    def _update(self, parts: StepParts) -> dict[str, float]:
+        """Update the policy, or pass over a step whose loss or gradient is not finite, if the run is to go on then.
+
+        Raises NonFiniteStep where it is not, NonFiniteError where earlier updates of the step have moved the policy.
+        """
+        assert parts.batch is not None
+        loop = self._config.loop
         try:
-            return self._actor.update(batch)
-        except ArithmeticError as error:
-            if self._actor.is_main:
-                path = Path(self._config.run_dir) / "failed" / f"step_{self._step:08d}.safetensors"
-                dump_batch(path, batch, plan.sample_ids, str(error))
-                raise ArithmeticError(f"step {self._step}: {error} The batch is in {path}.") from error
-            raise
+            metrics = self._actor.update(parts.batch)
+        except NonFiniteError as error:
+            in_a_row = self._skipped_in_a_row + 1
+            if loop.on_non_finite == "stop" or in_a_row > loop.max_non_finite:
+                if error.updates_done:
+                    raise
+                raise NonFiniteStep(f"{error} {_non_finite_remedy(loop)}") from error
+            self._skipped_in_a_row = in_a_row
+            _log.warning("step %d is passed over: %s %s", parts.step, error, self._failed.dump(parts, error))
+            skipped = self._config.algorithm.num_updates - error.updates_done
+            return {"loss": error.loss, "grad_norm": error.grad_norm, "skipped_updates": float(skipped)}
+        self._skipped_in_a_row = 0
+        return {**metrics, "skipped_updates": 0.0}
 
     def _record(
         self,
@@ -265,6 +293,7 @@ class LrpoTrainer:
             "router": to_json(self._router.state_dict()),
             "languages": list(self._router.languages),
             "layout": self._layout,
+            "skipped_in_a_row": self._skipped_in_a_row,
         }
 
     def save(self) -> Path:
@@ -282,18 +311,28 @@ class LrpoTrainer:
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` stopped. Raises CheckpointError if it belongs to another run."""
         state = checkpoint.state
-        check_resumable(checkpoint, self._config.seed, self._router.languages)
+        check_resumable(checkpoint, self._config.seed, self._router.languages, self._sampler.state_dict())
         try:
             self._sampler.load_state_dict(state["data"])
             self._router.load_state_dict(state["router"])
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         self._step = self._saved_step = state["step"]
+        self._skipped_in_a_row = state.get("skipped_in_a_row", 0)
 
 
-def check_resumable(checkpoint: Checkpoint, seed: int, languages: Sequence[str]) -> None:
-    """Raise CheckpointError unless the checkpoint has this run's seed, and its languages are among this run's."""
+def check_resumable(
+    checkpoint: Checkpoint, seed: int, languages: Sequence[str], data: Mapping[str, Any] | None = None
+) -> None:
+    """Raise CheckpointError unless the checkpoint has this run's seed and questions, and its languages are among this
+    run's. data: the state of this run's sampler; None leaves the questions out."""
     state = checkpoint.state
+    if data is not None and state["data"].get("fingerprint") != data["fingerprint"]:
+        raise CheckpointError(
+            f"{checkpoint.path}: the questions of data.train are not those that it was saved with "
+            f"({state['data'].get('questions')} then, {data['questions']} now; texts, ids, topics, regions and order "
+            "count). Go on with the file as it was, or start in another run_dir."
+        )
     gone = [language for language in state["languages"] if language not in languages]
     if gone:
         raise CheckpointError(
@@ -311,7 +350,7 @@ def check_resumable(checkpoint: Checkpoint, seed: int, languages: Sequence[str])
 def reward_column(plan: LanguagePlan, scores: Mapping[str, Score]) -> NDArray[np.float64]:
     """float64 [R]: the reward of each row of `plan`, NaN where there is none."""
     found = [scores.get(sample_id) for sample_id in plan.sample_ids]
-    return np.array([np.nan if score is None or score.reward is None else score.reward for score in found], np.float64)
+    return np.array([score.reward if has_reward(score) else np.nan for score in found], np.float64)
 
 
 def cost_column(rollouts: Rollouts, unit: str) -> NDArray[np.float64]:
@@ -323,17 +362,10 @@ def cost_column(rollouts: Rollouts, unit: str) -> NDArray[np.float64]:
     return rollouts.seconds.numpy()
 
 
-def dump_batch(path: Path, batch: TrainingBatch, sample_ids: Sequence[str], reason: str) -> None:
-    """Write a batch with its sample ids as safetensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        "tokens": batch.tokens.contiguous(),
-        "prompt_lengths": batch.prompt_lengths,
-        "lengths": batch.lengths,
-        "advantages": batch.advantages,
-        "use": batch.use,
-    }
-    save_file(tensors, path, metadata={"sample_ids": json.dumps(list(sample_ids)), "reason": reason})
+def _non_finite_remedy(loop: LoopConfig) -> str:
+    if loop.on_non_finite == "skip":
+        return f"More than trainer.lrpo.max_non_finite={loop.max_non_finite} steps in a row were like that."
+    return "The next start meets it again; trainer.lrpo.on_non_finite=skip passes over it."
 
 
 def _due(step: int, interval: int, done: bool) -> bool:

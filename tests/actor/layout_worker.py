@@ -148,7 +148,7 @@ def main() -> None:
     for size in sizes.split(","):
         policy.model.cfg.micro_batch_size = int(size)
         metrics[size] = actor.accumulate(dict(share), response_mask(batch))
-        metrics[size]["grad_norm"] = actor._grad_norm()
+        metrics[size]["grad_norm"] = actor.grad_norm()
         save_gradients(policy.model, out_dir / f"gradients_{size}")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         metrics["non_finite"] = {"refused": refuses_non_finite(actor, policy.model, batch)}

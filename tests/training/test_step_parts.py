@@ -6,20 +6,37 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from nemo_lrpo.algorithms.advantages import group_advantages
+from nemo_lrpo.data.sampler import PromptSampler
 from nemo_lrpo.router import LanguagePlan
 from nemo_lrpo.training.checkpoint import Checkpoint, CheckpointError
+from nemo_lrpo.training.failed import FailedStepError, FailedSteps, concerns_this_rank, load_failed_step
 from nemo_lrpo.training.metrics import JsonLines, rollout_metrics
-from nemo_lrpo.training.scoring import MissingRewards, RewardsUnavailable, ScoreCollector
-from nemo_lrpo.training.trainer import check_resumable, cost_column, dump_batch, reward_column
-from nemo_lrpo.types import Prompt, Rollouts, RoutedPrompt, Score, ScoreRequest, TrainingBatch
+from nemo_lrpo.training.scoring import (
+    GenerationFailed,
+    MissingRewards,
+    NonFiniteStep,
+    RewardsUnavailable,
+    ScoreCollector,
+)
+from nemo_lrpo.training.trainer import check_resumable, cost_column, reward_column
+from nemo_lrpo.types import (
+    NonFiniteError,
+    Prompt,
+    RankFailure,
+    Rollouts,
+    RoutedPrompt,
+    Score,
+    ScoreRequest,
+    TaggedPrompt,
+    TrainingBatch,
+)
 
 LANGUAGES = ("de", "ja", "en")
 
@@ -101,9 +118,15 @@ class FailingService(Service):
 
 
 class OneRank:
+    rank, is_main = 0, True
+
     def agree(self, error: BaseException | None) -> None:
         if error:
             raise error
+
+    def generate(self, prompts: object, seeds: object, on_finished: Callable[[Rollouts], None], **_: object):
+        on_finished(make_rollouts(make_plan()))
+        raise RankFailure("rank 3: MemoryError: too long") from None
 
     def join_scores(self, sample_ids: Sequence[str], local: Mapping[str, Score]) -> dict[str, Score]:
         return {sample_id: local[sample_id] for sample_id in sample_ids if sample_id in local}
@@ -235,18 +258,112 @@ def test_a_resumed_log_repeats_no_step_and_drops_a_torn_line(tmp_path: Path) -> 
     ]
 
 
-def test_a_batch_that_failed_is_left_behind_with_its_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_is_missing(reward: float) -> None:
+    class Broken(Service):
+        def submit(self, requests: Sequence[ScoreRequest]) -> Pending:
+            found = super().submit(requests).result()
+            return Pending({k: dataclasses.replace(v, reward=reward) if "q1" in k else v for k, v in found.items()})
+
+    with pytest.raises(MissingRewards, match="3 of 9 rewards are missing"):
+        collect(Broken(), max_missing_share=0.3)
+    scores = collect(Broken(), max_missing_share=0.5)
+    plan = make_plan()
+    metrics = rollout_metrics(plan, make_rollouts(plan), scores)
+    assert (metrics["missing"], metrics["scored"]) == (3, 6)
+    assert observed(plan, scores) == {routed.sample_id for routed in plan if routed.prompt.question_id != "q1"}
+
+
+def test_invalid_token_ids_and_empty_answers_are_counted_by_language() -> None:
+    plan = make_plan()
+    rollouts = make_rollouts(plan)
+    rollouts.valid[4] = False
+    rollouts.lengths[7] = rollouts.prompt_lengths[7]
+    scores = collect(Service())
+    empty = plan[7].sample_id
+    scores[empty] = dataclasses.replace(scores[empty], reward=0.0, gate=0.0, flags=("abstained", "empty"))
+    metrics = rollout_metrics(plan, rollouts, scores)
+    assert metrics["invalid"] == pytest.approx(1 / 9) and metrics["invalid/ja"] == pytest.approx(1 / 3)
+    assert metrics["empty"] == pytest.approx(1 / 9) and metrics["empty/ja"] == pytest.approx(1 / 3)
+    assert metrics["invalid/de"] == metrics["empty/de"] == 0.0
+
+
+def test_answers_that_a_rank_could_not_generate_refuse_the_step_and_cancel_its_scores() -> None:
+    cancelled = []
+
+    class Told(Service):
+        def submit(self, requests: Sequence[ScoreRequest]) -> Pending:
+            pending = super().submit(requests)
+            pending.cancel = lambda: cancelled.append(len(requests))  # type: ignore[method-assign]
+            return pending
+
+    with pytest.raises(GenerationFailed, match="no answers for this step: rank 3: MemoryError: too long"):
+        ScoreCollector(Told(), make_plan()).generate(OneRank(), [], [])
+    assert cancelled == [9]
+
+
+def test_a_step_that_failed_is_left_behind_and_read_again(tmp_path: Path) -> None:
     plan = make_plan()
     rollouts = make_rollouts(plan)
     advantages = torch.linspace(-1, 1, len(plan))
     batch = TrainingBatch(rollouts.tokens, rollouts.prompt_lengths, rollouts.lengths, advantages, rollouts.ended)
-    path = tmp_path / "failed" / "step_00000007.safetensors"
-    dump_batch(path, batch, [routed.sample_id for routed in plan], "loss=nan")
-    with safe_open(path, framework="pt") as file:
-        assert torch.equal(file.get_tensor("advantages"), advantages)
-        assert torch.equal(file.get_tensor("use"), rollouts.ended)
-        assert json.loads(file.metadata()["sample_ids"]) == [routed.sample_id for routed in plan]
-        assert file.metadata()["reason"] == "loss=nan"
+    scores = collect(Service(lose=frozenset({"7/q1/1"})), max_missing_share=0.5)
+    prompts = [TaggedPrompt(routed, tuple(range(2 + row % 3))) for row, routed in enumerate(plan)]
+    config = {"seed": 7, "trainer": {"lrpo": {}}}
+    failed = FailedSteps(tmp_path / "failed", OneRank(), config, {"layout": {"tensor": 2}, "total_steps": 9})
+    with pytest.raises(MissingRewards, match=r"too many\. The step is left in .*step_00000007 for tools/replay\.py"):
+        with failed.left_behind(7) as parts:
+            parts.plan, parts.prompts, parts.seeds = plan, prompts, list(range(2**64 - 9, 2**64))
+            parts.rollouts, parts.scores, parts.batch = rollouts, scores, batch
+            raise MissingRewards("too many.")
+    found = load_failed_step(tmp_path / "failed" / "step_00000007")
+    assert found.config == config and (found.parts.step, found.reason["total_steps"]) == (7, 9)
+    assert found.reason["error"] == "MissingRewards" and "raise MissingRewards" in found.reason["traceback"]
+    assert list(found.parts.plan) == plan and list(found.parts.prompts) == prompts
+    assert found.parts.seeds == parts.seeds and found.parts.scores == scores
+    assert found.parts.batch is not None and torch.equal(found.parts.batch.advantages, advantages)
+    assert torch.equal(found.parts.batch.use, rollouts.ended)
+    assert found.parts.rollouts is not None and torch.equal(found.parts.rollouts.tokens, rollouts.tokens)
+    (tmp_path / "failed" / "step_00000007" / "plan.jsonl").write_text("{}\n")
+    with pytest.raises(FailedStepError, match="step_00000007: not a complete dump"):
+        load_failed_step(tmp_path / "failed" / "step_00000007")
+
+
+def test_a_step_that_failed_early_is_left_as_far_as_it_came(tmp_path: Path) -> None:
+    failed = FailedSteps(tmp_path, OneRank(), {}, {})
+    with pytest.raises(KeyError), failed.left_behind(7) as parts:
+        parts.plan = make_plan()
+        raise KeyError("router")
+    found = load_failed_step(tmp_path / "step_00000007").parts
+    assert list(found.plan) == make_plan() and (found.rollouts, found.batch, found.scores) == (None, None, {})
+
+
+def test_a_step_that_cannot_be_left_behind_still_says_what_was_wrong(tmp_path: Path) -> None:
+    (tmp_path / "failed").write_text("a file is in the way")
+    failed = FailedSteps(tmp_path / "failed", OneRank(), {}, {})
+    with pytest.raises(MissingRewards, match=r"too many\. The step could not be left in .*failed"):
+        with failed.left_behind(0):
+            raise MissingRewards("too many.")
+
+
+def raised(error: Exception, cause: Exception | None) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "own"),
+    [
+        (ValueError("here"), True),
+        (NonFiniteError(math.nan, 1.0, 0), False),
+        (raised(NonFiniteStep("x"), NonFiniteError(math.nan, 1.0, 0)), False),
+        (MissingRewards("x"), False),
+        (raised(GenerationFailed("x"), RankFailure("rank 3: x")), False),
+        (raised(GenerationFailed("x"), raised(RankFailure("rank 0: x"), ValueError("here"))), True),
+    ],
+)
+def test_only_ranks_that_know_more_than_the_others_leave_a_reason(error: Exception, own: bool) -> None:
+    assert concerns_this_rank(error) == own
 
 
 def test_a_run_goes_on_with_more_languages_not_with_fewer_nor_another_seed() -> None:
@@ -256,3 +373,14 @@ def test_a_run_goes_on_with_more_languages_not_with_fewer_nor_another_seed() -> 
         check_resumable(checkpoint, 7, ("de", "fr"))
     with pytest.raises(CheckpointError, match="saved with seed=7, this run has seed=8"):
         check_resumable(checkpoint, 8, ("de", "en", "ja"))
+
+
+def test_a_run_does_not_go_on_with_a_data_file_that_has_changed() -> None:
+    def sampler(answer: str) -> PromptSampler:
+        prompts = [Prompt(f"q{n}", "question", answer, "de", "de", ("Chat",)) for n in range(4)]
+        return PromptSampler(prompts, 2, seed=7)
+
+    state = {"languages": ["de"], "seed": 7, "data": sampler("answer").state_dict()}
+    check_resumable(Checkpoint(Path("step_00000002"), state), 7, ["de"], sampler("answer").state_dict())
+    with pytest.raises(CheckpointError, match=r"data\.train are not those .* \(4 then, 4 now"):
+        check_resumable(Checkpoint(Path("step_00000002"), state), 7, ["de"], sampler("another").state_dict())
