@@ -81,11 +81,15 @@ def _make_get_specs(original: Callable[..., Any]) -> Callable[..., Any]:
         `use_te` is not asked: shards saved with one layer spec load with the other, so a model that was saved where
         Transformer Engine is installed opens here.
         """
-        if spec_name not in ("", "te_gpt") or fp8:
+        if spec_name not in ("", "te_gpt", "megatron_gemma2") or fp8:
             raise ValueError(
                 f"model.name={spec_name!r}, model.fp8={fp8} need Transformer Engine, which is not installed; "
-                "accepted: model.name='' and model.fp8=False."
+                "accepted: model.name='' or 'megatron_gemma2', and model.fp8=False."
             )
+        if spec_name == "megatron_gemma2":
+            from nemo_lrpo.cpu.gemma2 import block_spec
+
+            return block_spec(transformer_config)
         experts = transformer_config.num_moe_experts if transformer_config else None
         grouped = transformer_config.moe_grouped_gemm if transformer_config else False
         return get_gpt_layer_local_spec(experts, grouped)

@@ -308,7 +308,7 @@ def test_names_behave(installed: dict[str, dict[str, Any]]) -> None:
     [
         ("tensorrt_llm", "RuntimeError: TensorRT-LLM is not installed; generate with Megatron"),
         ("exporter", "RuntimeError: TensorRT-LLM is not installed; generate with Megatron"),
-        ("te layers", "ValueError: model.name='megatron_gemma2', model.fp8=False need Transformer Engine"),
+        ("te layers", "ValueError: model.name='megatron_falcon_gpt', model.fp8=False need Transformer Engine"),
         ("apex adam", "RuntimeError: optim.name=distributed_fused_adam needs Apex"),
         ("apex norm", "RuntimeError: FusedLayerNorm needs Apex"),
     ],

@@ -156,7 +156,7 @@ def stub_errors() -> dict[str, str]:
     attempts = {
         "tensorrt_llm": lambda: aligner.tensorrt_llm.runtime.SamplingConfig(end_id=0),
         "exporter": lambda: aligner.TensorRTLLM("engine"),
-        "te layers": lambda: specs.get_specs("megatron_gemma2"),
+        "te layers": lambda: specs.get_specs("megatron_falcon_gpt"),
         "apex adam": lambda: overrides.MegatronDistributedFusedAdam([]),
         "apex norm": lambda: utils.FusedLayerNorm(8),
     }

@@ -16,6 +16,7 @@ SHARED = {"types", "seeding"}
 ROOMS = {
     "config": set(),
     "data": {"config"},
+    "planning": {"config"},
     "router": {"config"},
     "rewards": {"config"},
     "serving": {"config"},

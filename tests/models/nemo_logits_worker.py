@@ -1,14 +1,13 @@
-"""Load .nemo files with NeMo and write what they compute: nemo_logits_worker.py TOKENS OUT AGAIN NEMO [NEMO ...].
+"""Load .nemo files with NeMo and write what they compute: nemo_logits_worker.py TOKENS OUT TP PP AGAIN NEMO [NEMO ...].
 
 TOKENS: .npy, ids int64 [B, S]. OUT: a directory that receives `<stem>.npy`, logits float32 [B, S, padded vocabulary],
-and `<stem>.json`, facts on tokenizer and vocabulary, for each file. AGAIN=1: each model is saved as
-OUT/`<stem>_again.nemo`, which is loaded and evaluated like the others. Under torchrun, tensor-parallel over all ranks.
+and `<stem>.json`, facts on tokenizer and vocabulary, for each file. TP, PP: parallel sizes, of one rank each under
+torchrun. AGAIN=1: each model is saved as OUT/`<stem>_again.nemo`, which is loaded and evaluated like the others.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,8 @@ ensure_platform()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel  # noqa: E402
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder  # noqa: E402
@@ -27,7 +28,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from nemo_lrpo.actor.tokenizer import ArchiveTokenizer  # noqa: E402
 
 CHAT = [{"role": "user", "content": "Où est-ce? 東京"}]
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+TENSOR, PIPELINE = int(sys.argv[3]), int(sys.argv[4])
 
 
 class Model(ArchiveTokenizer, MegatronGPTModel):
@@ -39,13 +40,18 @@ def load(path: Path) -> Model:
         {
             "trainer": {
                 "accelerator": "cpu",
-                "devices": RANKS,
+                "devices": TENSOR * PIPELINE,
                 "num_nodes": 1,
                 "precision": 32,
                 "logger": False,
                 "enable_checkpointing": False,
             },
-            "model": {"precision": 32, "tensor_model_parallel_size": RANKS, **model_overrides()},
+            "model": {
+                "precision": 32,
+                "tensor_model_parallel_size": TENSOR,
+                "pipeline_model_parallel_size": PIPELINE,
+                **model_overrides(),
+            },
         }
     )
     config.model = load_and_override_model_config(str(path), config.model)
@@ -54,16 +60,27 @@ def load(path: Path) -> Model:
 
 
 @torch.no_grad()
-def evaluate(model: Model, tokens: torch.Tensor, out: Path) -> None:
+def logits(model: Model, tokens: torch.Tensor) -> torch.Tensor | None:
+    """float32 [B, S, padded vocabulary] on the last pipeline stage, None before it."""
     module = model.get_model_module_list()[0].eval()
-    length = tokens.size(1)
+    rows, length = tokens.shape
     mask = torch.ones(length, length).triu(1).bool()[None, None]
-    logits = gather_from_tensor_model_parallel_region(
-        module(tokens, torch.arange(length).expand_as(tokens), mask).float()
-    )
-    if torch.distributed.get_rank():
+    if not parallel_state.is_pipeline_first_stage():
+        hidden = torch.empty(length, rows, model.cfg.hidden_size)
+        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        module.set_input_tensor([hidden])
+    output = module(tokens, torch.arange(length).expand_as(tokens), mask)
+    if not parallel_state.is_pipeline_last_stage():
+        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return None
+    return gather_from_tensor_model_parallel_region(output.float())
+
+
+def evaluate(model: Model, tokens: torch.Tensor, out: Path) -> None:
+    found = logits(model, tokens)
+    if found is None or parallel_state.get_tensor_model_parallel_rank():
         return
-    np.save(out.with_suffix(".npy"), logits.numpy())
+    np.save(out.with_suffix(".npy"), found.numpy())
     tokenizer = model.tokenizer.tokenizer
     facts = {
         "padded": model.padded_vocab_size,
@@ -76,8 +93,8 @@ def evaluate(model: Model, tokens: torch.Tensor, out: Path) -> None:
 
 def main() -> None:
     tokens = torch.from_numpy(np.load(sys.argv[1]))
-    out, again = Path(sys.argv[2]), sys.argv[3] == "1"
-    for path in map(Path, sys.argv[4:]):
+    out, again = Path(sys.argv[2]), sys.argv[5] == "1"
+    for path in map(Path, sys.argv[6:]):
         model = load(path)
         evaluate(model, tokens, out / path.stem)
         if again:

@@ -1,10 +1,11 @@
-"""A converted model computes what the Hugging Face model computes, wherever the file lies and however it is split."""
+"""A converted model computes what the Hugging Face model computes, however it is split, and comes back as it was."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +17,23 @@ from launch import run
 from safetensors.torch import load_file, save_file
 from tiny_model import build_hf
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from tools import hf_to_nemo
+from tools import hf_to_nemo, nemo_to_hf
 from tools.hf_to_nemo import ConversionError, convert, vocabulary_padding
 
 WORKER = str(Path(__file__).with_name("nemo_logits_worker.py"))
 CHAT = [{"role": "user", "content": "Où est-ce? 東京"}]
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -36,11 +41,22 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-MODELS = {
-    "tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "rope_theta": 50_000.0}),
-    "untied": (LlamaForCausalLM, LlamaConfig, {"rope_theta": 500_000.0, "rope_scaling": LLAMA3, "head_dim": 24}),
-    "qwen": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True, "rope_theta": 1_000_000.0}),
+GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 128, "attn_logit_softcapping": 5.0}
+MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama2": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4, "rope_scaling": LINEAR}),
+    "llama3": (LlamaForCausalLM, LlamaConfig, {"rope_theta": 500_000.0, "rope_scaling": LLAMA3, "head_dim": 24}),
+    "llama3_tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "rope_theta": 50_000.0}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"rope_theta": 1_000_000.0}),
+    "qwen2_tied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True, "rope_theta": 1_000_000.0}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, GEMMA),
 }
+LAYOUTS = {
+    "one": (1, 1, tuple(MODELS)),
+    "tensor": (2, 1, ("llama3", "qwen2", "gemma2")),
+    # NeMo 2.2 itself cannot build Gemma 2 in stages: it caps the output layer of every stage, which only the last has.
+    "pipeline": (1, 2, ("llama3", "qwen2")),
+}
+"""Tensor and pipeline parallel sizes, and the models that are split so."""
 ROWS_BEYOND_TOKENIZER = 3
 
 
@@ -52,17 +68,17 @@ def write_hf(directory: Path, name: str) -> Path:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     tokenizer.save_pretrained(directory)
     torch.manual_seed(1)
-    config = config_class(
-        vocab_size=len(tokenizer) + ROWS_BEYOND_TOKENIZER,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        **options,
-    )
+    sizes = {
+        "vocab_size": len(tokenizer) + ROWS_BEYOND_TOKENIZER,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+    config = config_class(**{**sizes, **options})
     model = model_class(config)
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -72,53 +88,84 @@ def write_hf(directory: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each model converted, moved, loaded by NeMo, saved again, loaded again: `<name>.npy` and `.json`, HF beside."""
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each model in Hugging Face format with its logits, and converted; nothing of the archives may point back."""
     root = tmp_path_factory.mktemp("parity")
-    elsewhere = root / "elsewhere"
-    elsewhere.mkdir()
     tokens = torch.randint(0, 280, (3, 100), generator=torch.Generator().manual_seed(0))
     np.save(root / "tokens.npy", tokens.numpy())
-    files = []
     for name in MODELS:
-        source = write_hf(root / f"hf_{name}", name)
-        with torch.no_grad():
-            logits = AutoModelForCausalLM.from_pretrained(str(source)).eval()(tokens).logits
-        np.save(root / f"hf_{name}.npy", logits.numpy())
-        made = convert(source, root / f"{name}.nemo")
-        files.append(shutil.move(made, elsewhere / f"{name}.nemo"))
-        shutil.move(source, root / f"gone_{name}")  # nothing of the archive may point back
-    run([WORKER, str(root / "tokens.npy"), str(root), "1", *map(str, files)], cwd=root)
+        source = write_hf(root / name, name)
+        np.save(root / f"{name}.npy", hf_logits(source, tokens))
+        convert(source, root / f"{name}.nemo")
+        shutil.move(source, root / f"hf_{name}")
     return root
 
 
-@pytest.mark.parametrize("copy", ["", "_again"])
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_those_of_hugging_face(evaluated: Path, name: str, copy: str) -> None:
-    expected = np.load(evaluated / f"hf_{name}.npy")
-    found = np.load(evaluated / f"{name}{copy}.npy")[..., : expected.shape[-1]]
-    assert np.abs(expected).max() > 1, "a flat model would agree with anything"
-    assert np.abs(found - expected).max() <= 1e-4
+@torch.no_grad()
+def hf_logits(directory: Path, tokens: torch.Tensor) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(str(directory), attn_implementation="eager")
+    return model.eval()(tokens).logits.numpy()
 
 
-@pytest.mark.parametrize("copy", ["", "_again"])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_tokenizer_travels_with_its_chat_template(evaluated: Path, name: str, copy: str) -> None:
-    facts = json.loads((evaluated / f"{name}{copy}.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(str(evaluated / f"gone_{name}"))
-    assert facts["chat"] == tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
-    assert facts["additional"] == ["<|user|>", "<|assistant|>"]
-    assert facts["eos"] == tokenizer.eos_token_id
-    assert facts["padded"] % 8 == 0 and 0 <= facts["padded"] - len(tokenizer) - ROWS_BEYOND_TOKENIZER < 8
-
-
-def test_the_shards_load_on_two_tensor_parallel_ranks(evaluated: Path) -> None:
-    out = evaluated / "two"
+@pytest.fixture(scope="module", params=LAYOUTS)
+def evaluated(request: pytest.FixtureRequest, converted: Path) -> Path:
+    """Models loaded by NeMo at one layout, saved, and loaded again: `<name>.npy` and `.json`, `<name>_again.nemo`."""
+    out = converted / request.param
     out.mkdir()
-    files = [str(evaluated / "elsewhere" / f"{name}.nemo") for name in ("untied", "qwen")]
-    run([WORKER, str(evaluated / "tokens.npy"), str(out), "0", *files], ranks=2, cwd=evaluated)
-    for name in ("untied", "qwen"):
-        np.testing.assert_allclose(np.load(out / f"{name}.npy"), np.load(evaluated / f"{name}.npy"), atol=1e-4)
+    tensor, pipeline, models = LAYOUTS[request.param]
+    files = [str(converted / f"{name}.nemo") for name in models]
+    arguments = [WORKER, str(converted / "tokens.npy"), str(out), str(tensor), str(pipeline), "1", *files]
+    run(arguments, ranks=tensor * pipeline, cwd=converted)
+    return out
+
+
+def names(evaluated: Path) -> list[str]:
+    return sorted(path.stem for path in evaluated.glob("*.npy"))
+
+
+def test_logits_equal_those_of_hugging_face(evaluated: Path) -> None:
+    models = LAYOUTS[evaluated.name][2]
+    assert names(evaluated) == sorted([*models, *(f"{name}_again" for name in models)])
+    for name in names(evaluated):
+        expected = np.load(evaluated.parent / f"{name.removesuffix('_again')}.npy")
+        found = np.load(evaluated / f"{name}.npy")[..., : expected.shape[-1]]
+        assert np.abs(expected).max() > 1, "a flat model would agree with anything"
+        assert np.abs(found - expected).max() <= 1e-4, name
+
+
+def test_the_tokenizer_travels_with_its_chat_template(evaluated: Path) -> None:
+    for name in names(evaluated):
+        facts = json.loads((evaluated / f"{name}.json").read_text())
+        tokenizer = AutoTokenizer.from_pretrained(str(evaluated.parent / f"hf_{name.removesuffix('_again')}"))
+        assert facts["chat"] == tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
+        assert facts["additional"] == ["<|user|>", "<|assistant|>"]
+        assert facts["eos"] == tokenizer.eos_token_id
+        assert facts["padded"] % 8 == 0 and 0 <= facts["padded"] - len(tokenizer) - ROWS_BEYOND_TOKENIZER < 8
+
+
+def test_the_way_back_is_exact(evaluated: Path) -> None:
+    """What NeMo saved, at any layout, is the model that went in: weights bit for bit, configuration, tokenizer."""
+    for archive in sorted(evaluated.glob("*_again.nemo")):
+        name = archive.stem.removesuffix("_again")
+        original = evaluated.parent / f"hf_{name}"
+        back = nemo_to_hf.convert(archive, evaluated / f"back_{name}", max_shard=100_000)
+        assert_same_model(original, back)
+
+
+def assert_same_model(original: Path, back: Path) -> None:
+    expected, found = read_weights(original), read_weights(back)
+    assert expected.keys() == found.keys()
+    assert not [key for key in expected if not torch.equal(expected[key], found[key])]
+    configs = [AutoConfig.from_pretrained(str(directory)).to_dict() for directory in (original, back)]
+    different = {key: value for key, value in configs[0].items() if configs[1][key] != value}
+    assert different.keys() <= {"_name_or_path"}, different
+    tokenizers = [AutoTokenizer.from_pretrained(str(directory)) for directory in (original, back)]
+    texts = [tokenizer.apply_chat_template(CHAT, tokenize=False) for tokenizer in tokenizers]
+    assert texts[0] == texts[1] and tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+
+
+def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in directory.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
 def test_the_configuration_leaves_the_machine_open(tmp_path: Path) -> None:

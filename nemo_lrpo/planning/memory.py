@@ -1,0 +1,228 @@
+"""Bytes on one GPU, by part, at the two moments of a step that need most: the update, and generation.
+
+Weights, gradients and optimizer follow Megatron-Core's distributed optimizer: weights of 2 bytes and gradients of 4 on
+every rank, and 12 bytes (master weight and two moments) spread over the data-parallel ranks (Rajbhandari et al. 2020,
+arXiv 1910.02054, stage 1; Megatron-Core's documentation of its distributed optimizer has the table). Activations count
+what the layers keep for the backward pass, after Korthikanti et al. 2022 (arXiv 2205.05198), written out for gated
+layers, grouped queries and flash attention. tests/planning holds both against Megatron-Core's own modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_lrpo.planning.parameters import padded_vocabulary, rank_parameters
+from nemo_lrpo.planning.shapes import ModelShape
+
+GIB = 2**30
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread, and how much of it a GPU works on at once."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    micro_batch: int = 1
+    """Sequences of one pass of the update."""
+    logprob_micro_batch: int = 1
+    """Sequences of one pass for log-probs."""
+    rollout_batch: int = 16
+    """Answers generated at once on one data-parallel rank."""
+    recompute: str = "none"
+    """Of activations in the backward pass: none; selective, attention's core; full, whole layers."""
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step has to do, and with what; the fields of the training configuration that memory and time depend on."""
+
+    prompts: int = 256
+    rollouts: int = 8
+    prompt_tokens: int = 512
+    response_tokens: int = 1024
+    updates: int = 1
+    reference: bool = True
+    """Log-probs of the initial policy are needed: its weights wait in host memory."""
+    engine: str = "trt_llm"
+    """megatron: generation on the training weights; trt_llm: an engine with a copy of the weights."""
+    engine_resident: bool = True
+    """The engine stays on the GPU during the update."""
+    reshard: bool = False
+    """The engine folds pipeline stages into data parallelism."""
+    logits_chunk: int = 0
+    """Tokens whose logits are in memory at once; 0: all of a micro-batch."""
+    offload_optimizer: bool = False
+    """The optimizer's states are in host memory during generation."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a step."""
+        return self.prompts * self.rollouts
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt_tokens + self.response_tokens
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU. `update` and `generation` are the sums of what is there at those moments."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    engine: int
+    kv_cache: int
+    generation_logits: int
+    update: int
+    generation: int
+    host: int
+    """Bytes of host memory for this GPU: the reference policy, and the policy while the two are exchanged."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.update, self.generation)
+
+
+def layer_activations(shape: ModelShape, layout: Layout, length: int) -> int:
+    """Bytes that one layer keeps for the backward pass of one micro-batch in bfloat16, nothing recomputed.
+
+    For each token: the inputs and outputs of both norms (4h, split where sequence parallel), queries, keys, values and
+    attention's output (2q + 2k, split over tensor parallel ranks), gate and up and their product (3f, split), and in
+    float32 one number per norm and per head. For each position: cosines and sines, for queries and keys.
+
+    Gemma 2 adds the inputs of two more norms (2h) and the terms of its GELU (7f); keys and values are repeated for
+    every head (4q in all), and each head keeps its capped scores and its probabilities, 4 bytes a pair of tokens.
+    """
+    return _layer(shape, layout, length, layout.recompute == "selective")
+
+
+def _layer(shape: ModelShape, layout: Layout, length: int, selective: bool) -> int:
+    tokens, tensor = length * layout.micro_batch, layout.tensor
+    queries, keys = shape.query_width, shape.key_width
+    if selective:
+        # Recomputing attention's core keeps its arguments, values as a view of the whole projection.
+        attention = 3 * (queries + keys)
+    else:
+        attention = 4 * queries if shape.gemma2 else 2 * (queries + keys)
+    split = attention + (10 if shape.gemma2 else 3) * shape.ffn
+    whole = (6 if shape.gemma2 else 4) * shape.hidden
+    wide = 4 * (4 if shape.gemma2 else 2) * tokens // _spread(layout)
+    if not selective:
+        wide += _core(shape, layout, length)
+    return 2 * tokens * split // tensor + 2 * tokens * whole // _spread(layout) + 8 * length * shape.head_dim + wide
+
+
+def _core(shape: ModelShape, layout: Layout, length: int) -> int:
+    """Bytes that attention's core keeps beyond its arguments and result."""
+    pairs = shape.heads * length * layout.micro_batch // layout.tensor
+    return 4 * pairs * (length if shape.gemma2 else 1)
+
+
+def _spread(layout: Layout) -> int:
+    """Ranks over which what tensor parallelism leaves whole is spread."""
+    return layout.tensor if layout.sequence_parallel else 1
+
+
+def held_activations(shape: ModelShape, layout: Layout, length: int, stage: int, micro_batches: int) -> int:
+    """Bytes that the forward passes leave on one rank of a pipeline stage, logits apart.
+
+    Under the one-forward-one-backward schedule stage i of p holds p - i micro-batches (Narayanan et al. 2021, section
+    2.2). Besides its layers a stage holds the table of rotations and, sequence parallel, the buffer that a layer's
+    input is gathered into; the first one the token ids; the last one the input and output of the final norm; all of
+    Gemma 2's the buffer that scores are computed in.
+    """
+    in_flight = min(layout.pipeline - stage, micro_batches)
+    tokens = length * layout.micro_batch
+    inputs = 2 * tokens * shape.hidden // _spread(layout)
+    one = inputs if layout.recompute == "full" else layer_activations(shape, layout, length)
+    held = in_flight * (shape.layers // layout.pipeline) * one + 4 * length * shape.head_dim
+    if layout.sequence_parallel:
+        held += 2 * tokens * shape.hidden
+    if stage == layout.pipeline - 1:
+        held += 2 * inputs + 4 * tokens // _spread(layout)
+    if stage == 0:
+        held += 8 * tokens * in_flight
+    if shape.gemma2:
+        held += 2 * shape.heads * tokens * length // layout.tensor
+    return held
+
+
+def recomputed_activations(shape: ModelShape, layout: Layout, length: int) -> int:
+    """Bytes that come back while one layer, or its attention, is recomputed."""
+    if layout.recompute == "full":
+        return _layer(shape, layout, length, selective=False)
+    return _core(shape, layout, length) if layout.recompute == "selective" else 0
+
+
+def logits_bytes(shape: ModelShape, tensor: int, sequences: int, length: int, chunk: int = 0) -> int:
+    """Bytes of the logits of one micro-batch at their worst moment, the backward pass of the log-probs.
+
+    For each token and row of this rank's vocabulary: the output layer's bfloat16, a float32 probability that is kept,
+    and NeMo-Aligner's mark of the chosen token, an int64 twice. With a chunk only the bfloat16 are whole.
+    """
+    rows, tokens = padded_vocabulary(shape) // tensor, sequences * length
+    wide = min(chunk, tokens) if chunk else tokens
+    return rows * (2 * tokens + 20 * wide)
+
+
+def kv_cache_bytes(shape: ModelShape, tensor: int, pipeline: int, sequences: int, length: int) -> int:
+    """Bytes of keys and values in bfloat16 for `sequences` of `length` tokens on one rank.
+
+    Pope et al. 2022 (arXiv 2211.05102), section 3.3.
+    """
+    return 4 * (shape.layers // pipeline) * sequences * length * shape.key_width // tensor
+
+
+def predict_memory(shape: ModelShape, layout: Layout, work: Workload) -> Memory:
+    """What the fullest GPU of a layout needs. Bytes of allocator, CUDA and NCCL are not in it."""
+    return max(
+        (_stage_memory(shape, layout, work, stage) for stage in {0, layout.pipeline - 1}),
+        key=lambda memory: memory.peak,
+    )
+
+
+def _stage_memory(shape: ModelShape, layout: Layout, work: Workload, stage: int) -> Memory:
+    count = rank_parameters(shape, layout.tensor, layout.pipeline, stage)
+    weights, gradients, optimizer = 2 * count, 4 * count, 12 * count // layout.data
+    micro_batches = -(-work.rows // (work.updates * layout.data * layout.micro_batch))
+    activations = held_activations(shape, layout, work.length, stage, micro_batches)
+    activations += recomputed_activations(shape, layout, work.length)
+    last = stage == layout.pipeline - 1
+    logits = logits_bytes(shape, layout.tensor, layout.micro_batch, work.length, work.logits_chunk) if last else 0
+
+    stages = 1 if work.reshard and work.engine == "trt_llm" else layout.pipeline
+    answers = min(layout.rollout_batch, -(-work.rows // layout.data))
+    kv_cache = kv_cache_bytes(shape, layout.tensor, stages, answers, work.length)
+    engine = generation_logits = 0
+    if work.engine == "trt_llm":
+        engine = 2 * rank_parameters(shape, layout.tensor, stages, min(stage, stages - 1))
+    elif last:
+        # Logits of all prompt tokens, as the layer writes them and transposed.
+        generation_logits = 4 * answers * work.prompt_tokens * padded_vocabulary(shape) // layout.tensor
+    resident = engine + kv_cache if work.engine == "trt_llm" and work.engine_resident else 0
+    fixed = weights + gradients
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logits=logits,
+        engine=engine,
+        kv_cache=kv_cache,
+        generation_logits=generation_logits,
+        update=fixed + optimizer + activations + logits + resident,
+        generation=fixed + (0 if work.offload_optimizer else optimizer) + engine + kv_cache + generation_logits,
+        host=(2 * weights if work.reference else 0) + (optimizer if work.offload_optimizer else 0),
+    )
