@@ -69,6 +69,11 @@ def save_run_config(tree: DictConfig, run_dir: str) -> None:
     (Path(run_dir) / RUN_CONFIG).write_text(text, encoding="utf-8")
 
 
+def read_train_config(tree: DictConfig) -> TrainConfig:
+    """`conf/train.yaml` with overrides, typed but not checked: for planning a run whose files are elsewhere."""
+    return _load(TrainConfig, tree)
+
+
 def load_evaluate_config(tree: DictConfig) -> EvaluateConfig:
     """`conf/evaluate.yaml` with overrides, typed and checked. Raises ConfigError before any work starts."""
     config = _load(EvaluateConfig, tree)

@@ -1,4 +1,4 @@
-"""Bytes on one GPU, by part, at the two moments of a step that need most: the update, and generation.
+"""Bytes on one GPU, by part, at the moments of a step that need most: update, log-probs, generation.
 
 Weights, gradients and optimizer follow Megatron-Core's distributed optimizer: weights of 2 bytes and gradients of 4 on
 every rank, and 12 bytes (master weight and two moments) spread over the data-parallel ranks (Rajbhandari et al. 2020,
@@ -9,7 +9,7 @@ layers, grouped queries and flash attention. tests/planning holds both against M
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from nemo_lrpo.planning.parameters import padded_vocabulary, rank_parameters
 from nemo_lrpo.planning.shapes import ModelShape
@@ -51,7 +51,7 @@ class Workload:
     updates: int = 1
     reference: bool = True
     """Log-probs of the initial policy are needed: its weights wait in host memory."""
-    engine: str = "trt_llm"
+    engine: str = "megatron"
     """megatron: generation on the training weights; trt_llm: an engine with a copy of the weights."""
     engine_resident: bool = True
     """The engine stays on the GPU during the update."""
@@ -75,7 +75,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. `update` and `generation` are the sums of what is there at those moments."""
+    """Bytes on one GPU, each the most that any pipeline stage needs.
+
+    `update`, `scoring` (log-probs) and `generation` are the sums of what is there at those moments.
+    """
 
     weights: int
     gradients: int
@@ -84,15 +87,18 @@ class Memory:
     logits: int
     engine: int
     kv_cache: int
-    generation_logits: int
+    prompt_logits: int
+    logprobs: int
+    """Of a pass without gradient: one layer's tensors and the logits."""
     update: int
+    scoring: int
     generation: int
     host: int
     """Bytes of host memory for this GPU: the reference policy, and the policy while the two are exchanged."""
 
     @property
     def peak(self) -> int:
-        return max(self.update, self.generation)
+        return max(self.update, self.scoring, self.generation)
 
 
 def layer_activations(shape: ModelShape, layout: Layout, length: int) -> int:
@@ -141,7 +147,7 @@ def held_activations(shape: ModelShape, layout: Layout, length: int, stage: int,
     Under the one-forward-one-backward schedule stage i of p holds p - i micro-batches (Narayanan et al. 2021, section
     2.2). Besides its layers a stage holds the table of rotations and, sequence parallel, the buffer that a layer's
     input is gathered into; the first one the token ids; the last one the input and output of the final norm; all of
-    Gemma 2's the buffer that scores are computed in.
+    Gemma 2's the buffer that scores are computed in, and a mask.
     """
     in_flight = min(layout.pipeline - stage, micro_batches)
     tokens = length * layout.micro_batch
@@ -155,7 +161,7 @@ def held_activations(shape: ModelShape, layout: Layout, length: int, stage: int,
     if stage == 0:
         held += 8 * tokens * in_flight
     if shape.gemma2:
-        held += 2 * shape.heads * tokens * length // layout.tensor
+        held += 2 * shape.heads * tokens * length // layout.tensor + length**2
     return held
 
 
@@ -177,6 +183,17 @@ def logits_bytes(shape: ModelShape, tensor: int, sequences: int, length: int, ch
     return rows * (2 * tokens + 20 * wide)
 
 
+def logprob_bytes(shape: ModelShape, layout: Layout, work: Workload, last: bool) -> int:
+    """Bytes of a pass without gradient: what one layer makes, and on the last stage the logits.
+
+    Logits in bfloat16 and, at most four at once, in float32: themselves, their log-softmax, a copy and an exponential.
+    """
+    from_layer = _layer(shape, replace(layout, micro_batch=layout.logprob_micro_batch), work.length, selective=False)
+    rows, tokens = padded_vocabulary(shape) // layout.tensor, layout.logprob_micro_batch * work.length
+    wide = min(work.logits_chunk, tokens) if work.logits_chunk else tokens
+    return max(from_layer, rows * (2 * tokens + 16 * wide) if last else 0)
+
+
 def kv_cache_bytes(shape: ModelShape, tensor: int, pipeline: int, sequences: int, length: int) -> int:
     """Bytes of keys and values in bfloat16 for `sequences` of `length` tokens on one rank.
 
@@ -186,11 +203,9 @@ def kv_cache_bytes(shape: ModelShape, tensor: int, pipeline: int, sequences: int
 
 
 def predict_memory(shape: ModelShape, layout: Layout, work: Workload) -> Memory:
-    """What the fullest GPU of a layout needs. Bytes of allocator, CUDA and NCCL are not in it."""
-    return max(
-        (_stage_memory(shape, layout, work, stage) for stage in {0, layout.pipeline - 1}),
-        key=lambda memory: memory.peak,
-    )
+    """What a GPU of a layout needs. Bytes of allocator, CUDA and NCCL are not in it."""
+    stages = [_stage_memory(shape, layout, work, stage) for stage in {0, layout.pipeline - 1}]
+    return Memory(**{field.name: max(getattr(stage, field.name) for stage in stages) for field in fields(Memory)})
 
 
 def _stage_memory(shape: ModelShape, layout: Layout, work: Workload, stage: int) -> Memory:
@@ -201,16 +216,20 @@ def _stage_memory(shape: ModelShape, layout: Layout, work: Workload, stage: int)
     activations += recomputed_activations(shape, layout, work.length)
     last = stage == layout.pipeline - 1
     logits = logits_bytes(shape, layout.tensor, layout.micro_batch, work.length, work.logits_chunk) if last else 0
+    logprobs = logprob_bytes(shape, layout, work, last)
 
-    stages = 1 if work.reshard and work.engine == "trt_llm" else layout.pipeline
-    answers = min(layout.rollout_batch, -(-work.rows // layout.data))
+    folded = work.reshard and work.engine == "trt_llm"
+    stages = 1 if folded else layout.pipeline
+    answers = min(layout.rollout_batch, -(-work.rows // (layout.data * (layout.pipeline if folded else 1))))
     kv_cache = kv_cache_bytes(shape, layout.tensor, stages, answers, work.length)
-    engine = generation_logits = 0
+    engine = prompt_logits = 0
     if work.engine == "trt_llm":
         engine = 2 * rank_parameters(shape, layout.tensor, stages, min(stage, stages - 1))
+        if stages < layout.pipeline:
+            engine *= 2  # weights gathered over the stages, on their way into the engine
     elif last:
-        # Logits of all prompt tokens, as the layer writes them and transposed.
-        generation_logits = 4 * answers * work.prompt_tokens * padded_vocabulary(shape) // layout.tensor
+        # Of all prompt tokens, as the layer writes them and transposed.
+        prompt_logits = 4 * answers * work.prompt_tokens * padded_vocabulary(shape) // layout.tensor
     resident = engine + kv_cache if work.engine == "trt_llm" and work.engine_resident else 0
     fixed = weights + gradients
     return Memory(
@@ -221,8 +240,10 @@ def _stage_memory(shape: ModelShape, layout: Layout, work: Workload, stage: int)
         logits=logits,
         engine=engine,
         kv_cache=kv_cache,
-        generation_logits=generation_logits,
+        prompt_logits=prompt_logits,
+        logprobs=logprobs,
+        scoring=fixed + optimizer + logprobs + resident,
         update=fixed + optimizer + activations + logits + resident,
-        generation=fixed + (0 if work.offload_optimizer else optimizer) + engine + kv_cache + generation_logits,
+        generation=fixed + (0 if work.offload_optimizer else optimizer) + engine + kv_cache + prompt_logits,
         host=(2 * weights if work.reference else 0) + (optimizer if work.offload_optimizer else 0),
     )

@@ -32,6 +32,9 @@ class ModelShape:
     """Gemma 2's layers as NeMo has them: norms after attention and feed-forward layer too, a GELU of plain operations,
     and capped attention scores, which rule flash attention out."""
 
+    scaled_rope: bool = False
+    """Rotations are stretched at low frequencies for long contexts (Llama 3.1 and later)."""
+
     @property
     def query_width(self) -> int:
         """Columns of all heads together."""
@@ -70,6 +73,7 @@ def from_huggingface(config: Mapping[str, Any]) -> ModelShape:
             tied=bool(config.get("tie_word_embeddings", gemma)),
             qkv_bias=architecture == "Qwen2ForCausalLM",
             gemma2=gemma,
+            scaled_rope=bool(config.get("rope_scaling")),
         )
     )
 
@@ -90,6 +94,7 @@ def from_nemo(config: Mapping[str, Any], vocabulary: int) -> ModelShape:
             tied=bool(config.get("share_embeddings_and_output_weights", True)),
             qkv_bias=bool(config.get("qkv_bias", False)),
             gemma2=gemma,
+            scaled_rope=bool(config.get("scale_positional_embedding")),
         )
     )
 
@@ -104,10 +109,12 @@ def _qwen(layers: int, hidden: int, ffn: int, heads: int, groups: int, rows: int
     return ModelShape(layers, hidden, ffn, heads, groups, hidden // heads, rows, tied, qkv_bias=True)
 
 
-def _llama(
-    layers: int, hidden: int, ffn: int, heads: int, groups: int, rows: int = 128_256, tied: bool = False
-) -> ModelShape:
-    return ModelShape(layers, hidden, ffn, heads, groups, hidden // heads, rows, tied)
+def _llama2(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> ModelShape:
+    return ModelShape(layers, hidden, ffn, heads, groups, hidden // heads, 32_000)
+
+
+def _llama3(layers: int, hidden: int, ffn: int, heads: int, groups: int, tied: bool = False) -> ModelShape:
+    return ModelShape(layers, hidden, ffn, heads, groups, hidden // heads, 128_256, tied, scaled_rope=True)
 
 
 def _gemma(layers: int, hidden: int, ffn: int, heads: int, groups: int, head_dim: int) -> ModelShape:
@@ -122,13 +129,13 @@ CATALOGUE: dict[str, ModelShape] = {
     "qwen2.5-14b": _qwen(48, 5120, 13_824, 40, 8, 152_064),
     "qwen2.5-32b": _qwen(64, 5120, 27_648, 40, 8, 152_064),
     "qwen2.5-72b": _qwen(80, 8192, 29_568, 64, 8, 152_064),
-    "llama2-7b": _llama(32, 4096, 11_008, 32, 32, 32_000),
-    "llama2-13b": _llama(40, 5120, 13_824, 40, 40, 32_000),
-    "llama2-70b": _llama(80, 8192, 28_672, 64, 8, 32_000),
-    "llama3.1-8b": _llama(32, 4096, 14_336, 32, 8),
-    "llama3.1-70b": _llama(80, 8192, 28_672, 64, 8),
-    "llama3.2-1b": _llama(16, 2048, 8192, 32, 8, tied=True),
-    "llama3.2-3b": _llama(28, 3072, 8192, 24, 8, tied=True),
+    "llama2-7b": _llama2(32, 4096, 11_008, 32, 32),
+    "llama2-13b": _llama2(40, 5120, 13_824, 40, 40),
+    "llama2-70b": _llama2(80, 8192, 28_672, 64, 8),
+    "llama3.1-8b": _llama3(32, 4096, 14_336, 32, 8),
+    "llama3.1-70b": _llama3(80, 8192, 28_672, 64, 8),
+    "llama3.2-1b": _llama3(16, 2048, 8192, 32, 8, tied=True),
+    "llama3.2-3b": _llama3(28, 3072, 8192, 24, 8, tied=True),
     "gemma2-2b": _gemma(26, 2304, 9216, 8, 4, 256),
     "gemma2-9b": _gemma(42, 3584, 14_336, 16, 8, 256),
     "gemma2-27b": _gemma(46, 4608, 36_864, 32, 16, 128),

@@ -4,7 +4,8 @@ A case: {"model": name in CATALOGUE, "layers": of the rank or null for all, "ten
 "stage": "first" | "last" | "only", "recompute": null | "full" | "selective", "micro_batch", "length"}; with length 0
 parameters are all that is counted. The answer, in the same order: {"parameters": int, "held": bytes that the forward
 pass leaves besides the parameters and its output, "logits": most bytes there are while the output's log-probs are
-computed and differentiated}.
+computed and differentiated}. A case with "state" is made small and answered by {"weights", "gradients", "optimizer"}:
+bytes in the buffers and optimizer of Megatron-Core's data parallelism over all WORLD ranks.
 
 Tensors have shapes and no data, and the process group answers nothing, so that a rank of a 70B model is built in a
 second. Transformer Engine's two kernels, which are not here, are stood in for by functions that keep what they keep:
@@ -29,12 +30,14 @@ ensure_platform()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.transformer import dot_product_attention  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from megatron.core.transformer.utils import openai_gelu  # noqa: E402
+from megatron.core.transformer.utils import get_default_causal_mask, openai_gelu  # noqa: E402
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
@@ -180,9 +183,14 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     shape = CATALOGUE[case["model"]]
     if case["layers"]:
         shape = dataclasses.replace(shape, layers=case["layers"])
+    if case["state"]:
+        shape = dataclasses.replace(shape, hidden=128, ffn=256, heads=8, groups=2, head_dim=16, vocabulary=512)
+    get_default_causal_mask.cache_clear()
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(case["tensor"], case["pipeline"])
     parallel_state.set_pipeline_model_parallel_rank(case["pipeline"] - 1 if case["stage"] == "last" else 0)
+    if case["state"]:
+        return state(shape, case)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(shape, case)
         facts = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
@@ -213,6 +221,30 @@ def logits(shape: ModelShape, case: dict[str, Any]) -> int:
         output = torch.empty(rows, length, columns, dtype=torch.bfloat16, requires_grad=True)
         from_parallel_logits_to_logprobs(output.float(), tokens, higher_stability=True).sum().backward()
         return live.peak
+
+
+def state(shape: ModelShape, case: dict[str, Any]) -> dict[str, int]:
+    """With real tensors: the optimizer looks into them."""
+    model = build(shape, case)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    parallel = DistributedDataParallel(model.config, settings, model)
+    options = OptimizerConfig(
+        optimizer="adam", lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
+    )
+    optimizer = get_megatron_optimizer(options, [parallel])
+    optimizer.step()
+    kept = optimizer.optimizer.state
+    return {
+        "weights": sum(buffer.param_data.nbytes for buffer in parallel.buffers),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in parallel.buffers),
+        "optimizer": sum(
+            parameter.nbytes + sum(value.nbytes for value in kept[parameter].values() if torch.is_tensor(value))
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ),
+    }
 
 
 def main() -> None:

@@ -1,0 +1,77 @@
+"""Layout and work of a training configuration, and what they need: the arithmetic of preflight and of the recipes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_lrpo.config.checks import ConfigError
+from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.planning.layouts import Plan, make_plan
+from nemo_lrpo.planning.memory import Layout, Workload
+from nemo_lrpo.planning.shapes import ModelShape
+from nemo_lrpo.planning.timing import Hardware
+
+
+def plan_config(config: TrainConfig, shape: ModelShape, hardware: Hardware | None = None) -> Plan:
+    """What a training configuration needs on each GPU; `plan.problems` says why it cannot run, if it cannot.
+
+    Raises ConfigError for what the arithmetic does not cover (adapters, other precisions than bf16).
+    """
+    return make_plan(shape, layout_of(config), workload_of(config), hardware)
+
+
+def layout_of(config: TrainConfig) -> Layout:
+    """The layout that `trainer`, `model`, `rollout` and `actor` describe. Raises ConfigError where it is none."""
+    model = config.model
+    _refuse_uncovered(config)
+    tensor, pipeline = int(model["tensor_model_parallel_size"]), int(model["pipeline_model_parallel_size"])
+    gpus = int(config.trainer["devices"]) * int(config.trainer.get("num_nodes", 1))
+    if gpus % (tensor * pipeline):
+        raise ConfigError(
+            f"trainer.devices * trainer.num_nodes = {gpus} is not a multiple of model.tensor_model_parallel_size * "
+            f"model.pipeline_model_parallel_size = {tensor * pipeline}."
+        )
+    return Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=gpus // (tensor * pipeline),
+        sequence_parallel=bool(model.get("sequence_parallel")),
+        micro_batch=int(model["micro_batch_size"]),
+        logprob_micro_batch=config.actor.logprob_micro_batch_size,
+        rollout_batch=config.rollout.micro_batch_size,
+        recompute=model.get("activations_checkpoint_granularity") or "none",
+    )
+
+
+def workload_of(config: TrainConfig) -> Workload:
+    """The work of a step that a training configuration describes."""
+    engine = config.rollout.trt_llm
+    return Workload(
+        prompts=config.loop.prompts_per_step,
+        rollouts=config.loop.rollouts_per_prompt,
+        prompt_tokens=config.prompt.max_tokens,
+        response_tokens=config.rollout.max_new_tokens,
+        updates=config.algorithm.num_updates,
+        reference=config.algorithm.kl_coefficient > 0,
+        engine=config.rollout.backend,
+        engine_resident=not engine.unload_engine_train,
+        reshard=engine.reshard,
+    )
+
+
+def _refuse_uncovered(config: TrainConfig) -> None:
+    model = config.model
+    peft: Any = (model.get("peft") or {}).get("peft_scheme", "none")
+    if peft not in (None, "none"):
+        raise ConfigError(f"model.peft.peft_scheme={peft!r} is not covered by the planner; accepted: 'none'.")
+    if str(config.trainer.get("precision")) not in ("bf16", "bf16-mixed") or not model.get("megatron_amp_O2"):
+        raise ConfigError(
+            f"trainer.precision={config.trainer.get('precision')!r}, model.megatron_amp_O2="
+            f"{model.get('megatron_amp_O2')!r} are not covered by the planner; accepted: bf16, true."
+        )
+    method, layers = model.get("activations_checkpoint_method"), model.get("activations_checkpoint_num_layers")
+    if model.get("activations_checkpoint_granularity") == "full" and (method, layers) != ("uniform", 1):
+        raise ConfigError(
+            f"model.activations_checkpoint_method={method!r}, num_layers={layers!r} are not covered by the planner; "
+            "accepted with granularity full: uniform, 1."
+        )
