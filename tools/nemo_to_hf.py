@@ -67,6 +67,8 @@ def convert(
         dtype = PRECISIONS[precision] or reader.dtype(_TABLE)
         hf, shape = huggingface_config(config, len(tokenizer), str(dtype).removeprefix("torch."))
         entries = list(mapping.entries(shape, reader.shape(_TABLE)[0]))
+        for entry in entries:
+            reader.check(entry)
         plans = [TensorPlan(name, part, dtype) for entry in entries for name, part in zip(entry.names, entry.parts)]
 
         def tensors() -> Iterator[torch.Tensor]:

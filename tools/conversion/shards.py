@@ -200,14 +200,19 @@ class ShardReader:
         """Of the tensor `key` as it is stored."""
         return self._tensor(key).properties.dtype
 
+    def check(self, entry: Entry) -> None:
+        """Raise ConversionError unless the checkpoint has the tensor of `entry`."""
+        stored = tuple(self._tensor(entry.key).size)
+        shape = stored if entry.layer is None else stored[1:]
+        if shape != entry.shape:
+            raise ConversionError(f"{self._path}: {entry.key} has shape {shape}, not {entry.shape}.")
+        if entry.layer is not None and entry.layer >= stored[0]:
+            raise ConversionError(f"{self._path}: {entry.key} has {stored[0]} layers, not {entry.layer + 1} or more.")
+
     def read(self, entry: Entry) -> torch.Tensor:
         """Megatron's tensor of `entry`."""
         stored = self._tensor(entry.key)
         leading = () if entry.layer is None else (entry.layer,)
-        if tuple(stored.size[len(leading) :]) != entry.shape:
-            raise ConversionError(
-                f"{self._path}: {entry.key} has shape {tuple(stored.size)}, which ends not in {entry.shape}."
-            )
         target = torch.empty((1,) * len(leading) + entry.shape, dtype=stored.properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size((*leading, *(0 for _ in entry.shape))), target.size())
         items = create_read_items_for_chunk_list(PREFIX + entry.key, stored, [wanted])
