@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tools import hf_to_nemo, nemo_to_hf
 
+SHARD = 24 * 2**20
+
 
 def status(name: str) -> int:
     """Bytes that the kernel says under `name`."""
@@ -20,19 +22,19 @@ def status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def growth(work: Callable[[], object]) -> int:
+def highest(work: Callable[[], object]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at the present size
-    before = status("VmRSS")
     work()
-    return status("VmHWM") - before
+    return status("VmHWM")
 
 
 def main() -> None:
     source, out, small = map(Path, sys.argv[1:])
     nemo_to_hf.convert(hf_to_nemo.convert(small, out / "small.nemo"), out / "small_back")
+    before = status("VmRSS")
     facts = {
-        "to_nemo": growth(lambda: hf_to_nemo.convert(source, out / "large.nemo", "bf16")),
-        "to_hf": growth(lambda: nemo_to_hf.convert(out / "large.nemo", out / "back", max_shard=24 * 2**20)),
+        "to_nemo": highest(lambda: hf_to_nemo.convert(source, out / "large.nemo", "bf16")) - before,
+        "to_hf": highest(lambda: nemo_to_hf.convert(out / "large.nemo", out / "back", max_shard=SHARD)) - before,
     }
     print(json.dumps(facts), flush=True)
 

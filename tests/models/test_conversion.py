@@ -52,9 +52,10 @@ def test_memory_stays_below_one_file_of_a_model_of_many(tmp_path: Path) -> None:
     shard = 24 * MIB
     total = large_hf(tmp_path / "large", shard)
     assert total > 8 * shard
-    done = run([WORKER, str(tmp_path / "large"), str(tmp_path), str(build_hf(tmp_path / "small"))], cwd=tmp_path)
+    arguments = [WORKER, str(tmp_path / "large"), str(tmp_path), str(build_hf(tmp_path / "small"))]
+    # Tensors of real sizes are given back to the system when they are freed; so let these be.
+    done = run(arguments, cwd=tmp_path, environment={"MALLOC_MMAP_THRESHOLD_": "65536"})
     facts = json.loads(done.stdout.splitlines()[-1])
-    print(facts)
     assert facts["to_nemo"] < shard and facts["to_hf"] < shard, facts
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))

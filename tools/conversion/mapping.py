@@ -74,7 +74,8 @@ class VocabularyEntry(Entry):
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         table = tensors[0][: self.shape[0]]
-        return torch.nn.functional.pad(table, (0, 0, 0, self.shape[0] - table.size(0)))
+        missing = self.shape[0] - table.size(0)
+        return torch.nn.functional.pad(table, (0, 0, 0, missing)) if missing else table
 
     def split(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         return (tensor[: self.parts[0][0]],)

@@ -55,7 +55,7 @@ _FORMAT = {
 }
 _CHUNKS = 8
 """Pieces of a large tensor along the axis that tensor parallelism splits: a rank reads whole chunks."""
-_LARGE = 2**22
+_LARGE = 2**20
 """Elements from which it is worth it."""
 
 
@@ -80,7 +80,8 @@ def write_shards(
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.save(
             {},
-            storage_writer=_Writer(directory, single_file_per_rank=True, thread_count=1),
+            # One after another: none may be resolved before the one before it is written.
+            storage_writer=_Writer(directory, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0),
             planner=_Streaming(entries, read, extra_states, layers, dtype),
             no_dist=True,
         )
@@ -106,6 +107,7 @@ class _Streaming(SavePlanner):
         self._entries = {(PREFIX + entry.key, entry.layer): entry for entry in entries}
         self._extra_states = extra_states
         self._current: tuple[Entry, torch.Tensor] | None = None
+        self._handed_over: torch.Tensor | None = None
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         pass
@@ -129,12 +131,17 @@ class _Streaming(SavePlanner):
             empty = io.BytesIO()
             torch.save([None], empty)
             return empty
+        if self._handed_over is not None:
+            # torch holds on to the last chunk of every key until all are written; this one is.
+            self._handed_over.untyped_storage().resize_(0)
         assert write_item.tensor_data is not None
         chunk, tensor = write_item.tensor_data.chunk, self._tensor(write_item.index)
         offsets, sizes = chunk.offsets[-tensor.ndim :], chunk.sizes[-tensor.ndim :]
         piece = tensor[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))]
         # A copy: torch.save would write all of the storage that a view lies in.
-        return piece.to(self._dtype, copy=True, memory_format=torch.contiguous_format).view(chunk.sizes)
+        piece = piece.to(self._dtype, copy=True, memory_format=torch.contiguous_format)
+        self._handed_over = piece.view(chunk.sizes)
+        return self._handed_over
 
     def _tensor(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None
