@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from tools import hf_to_nemo, nemo_to_hf
+from tools.conversion import shards
 from tools.hf_to_nemo import ConversionError, convert, vocabulary_padding
 
 WORKER = str(Path(__file__).with_name("nemo_logits_worker.py"))
@@ -96,7 +97,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MODELS:
         source = write_hf(root / name, name)
         np.save(root / f"{name}.npy", hf_logits(source, tokens))
-        convert(source, root / f"{name}.nemo")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, "_LARGE", 1)  # in pieces, as models of real size are written
+            convert(source, root / f"{name}.nemo")
         shutil.move(source, root / f"hf_{name}")
     return root
 

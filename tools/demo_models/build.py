@@ -28,7 +28,7 @@ _COMMON = ("demo_models/build.py", "demo_models/tokenizer.py", "demo_world")
 _SOURCES = {
     "base": (*_COMMON, "demo_models/base_model.py"),
     "encoder": (*_COMMON, "demo_models/base_model.py", "demo_models/encoder.py"),
-    "base.nemo": ("hf_to_nemo.py",),
+    "base.nemo": ("hf_to_nemo.py", "conversion"),
 }
 
 
