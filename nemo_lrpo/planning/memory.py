@@ -172,26 +172,26 @@ def recomputed_activations(shape: ModelShape, layout: Layout, length: int) -> in
     return _core(shape, layout, length) if layout.recompute == "selective" else 0
 
 
-def logits_bytes(shape: ModelShape, tensor: int, sequences: int, length: int, chunk: int = 0) -> int:
-    """Bytes of the logits of one micro-batch at their worst moment, the backward pass of the log-probs.
+def logits_bytes(
+    shape: ModelShape, tensor: int, sequences: int, length: int, chunk: int = 0, gradient: bool = True
+) -> int:
+    """Bytes of the logits of one micro-batch at their worst moment.
 
-    For each token and row of this rank's vocabulary: the output layer's bfloat16, a float32 probability that is kept,
-    and NeMo-Aligner's mark of the chosen token, an int64 twice. With a chunk only the bfloat16 are whole.
+    For each token and row of this rank's vocabulary the output layer's bfloat16, and: with a gradient, the probability
+    that is kept for it in float32 and NeMo-Aligner's mark of the chosen token, an int64 twice; without, three float32
+    (logits, log-softmax, a copy). With a chunk only the bfloat16 are whole.
     """
     rows, tokens = padded_vocabulary(shape) // tensor, sequences * length
     wide = min(chunk, tokens) if chunk else tokens
-    return rows * (2 * tokens + 20 * wide)
+    return rows * (2 * tokens + (20 if gradient else 12) * wide)
 
 
 def logprob_bytes(shape: ModelShape, layout: Layout, work: Workload, last: bool) -> int:
-    """Bytes of a pass without gradient: what one layer makes, and on the last stage the logits.
-
-    Logits in bfloat16 and, at most four at once, in float32: themselves, their log-softmax, a copy and an exponential.
-    """
-    from_layer = _layer(shape, replace(layout, micro_batch=layout.logprob_micro_batch), work.length, selective=False)
-    rows, tokens = padded_vocabulary(shape) // layout.tensor, layout.logprob_micro_batch * work.length
-    wide = min(work.logits_chunk, tokens) if work.logits_chunk else tokens
-    return max(from_layer, rows * (2 * tokens + 16 * wide) if last else 0)
+    """Bytes of a pass without gradient: what one layer makes, or on the last stage the logits."""
+    sequences = layout.logprob_micro_batch
+    one = _layer(shape, replace(layout, micro_batch=sequences), work.length, selective=False)
+    logits = logits_bytes(shape, layout.tensor, sequences, work.length, work.logits_chunk, gradient=False)
+    return max(one, logits if last else 0)
 
 
 def kv_cache_bytes(shape: ModelShape, tensor: int, pipeline: int, sequences: int, length: int) -> int:

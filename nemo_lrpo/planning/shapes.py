@@ -78,8 +78,17 @@ def from_huggingface(config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def from_nemo(config: Mapping[str, Any], vocabulary: int) -> ModelShape:
-    """The shape that the model section of a .nemo describes; `vocabulary` rows, which the section does not hold."""
+def from_nemo(config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
+    """The shape that the model section of a .nemo describes.
+
+    vocabulary: rows of the embedding, where the section does not say what the converted model had. Raises ConfigError
+    where neither is known, or heads do not divide.
+    """
+    if vocabulary is None:
+        original = (config.get("huggingface") or {}).get("config") or {}
+        if "vocab_size" not in original:
+            raise ConfigError("the .nemo does not say how many rows its vocabulary has; give the number.")
+        vocabulary = int(original["vocab_size"])
     gemma = config.get("name") == "megatron_gemma2"
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     return _checked(

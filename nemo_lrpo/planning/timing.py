@@ -21,7 +21,7 @@ class Hardware:
     memory: int = 79 * 2**30
     """Bytes that CUDA reports, rounded down."""
     reserve: int = 6 * 2**30
-    """Bytes left to the CUDA context, NCCL's buffers, the engine's workspace and the allocator's gaps; assumed."""
+    """Bytes left to CUDA, NCCL's buffers, gradients of activations and the allocator's gaps; assumed."""
     host_memory: int = 2 * 10**12
     """Bytes of a node."""
     gpus_per_node: int = 8

@@ -1,11 +1,11 @@
 """Build Megatron-Core's own models without memory and print what they hold: megatron_worker.py < CASES > FACTS (JSON).
 
 A case: {"model": name in CATALOGUE, "layers": of the rank or null for all, "tensor", "pipeline", "sequence_parallel",
-"stage": "first" | "last" | "only", "recompute": null | "full" | "selective", "micro_batch", "length"}; with length 0
-parameters are all that is counted. The answer, in the same order: {"parameters": int, "held": bytes that the forward
-pass leaves besides the parameters and its output, "logits": most bytes there are while the output's log-probs are
-computed and differentiated}. A case with "state" is made small and answered by {"weights", "gradients", "optimizer"}:
-bytes in the buffers and optimizer of Megatron-Core's data parallelism over all WORLD ranks.
+"stage": "first" | "last" | "only", "recompute": null | "full" | "selective", "micro_batch", "length", "state": bool}.
+The answers, in the same order: {"parameters": int}; where length is not 0 also "held", bytes that the forward pass
+leaves besides the parameters and its output, and "logits" and "logprobs", most bytes there are while the output's
+log-probs are computed, with their gradient and without. A case with state is made small and answered by {"weights",
+"gradients", "optimizer"}, bytes in the buffers of Megatron-Core's data parallelism over all WORLD ranks.
 
 Tensors have shapes and no data, and the process group answers nothing, so that a rank of a 70B model is built in a
 second. Transformer Engine's two kernels, which are not here, are stood in for by functions that keep what they keep:
@@ -195,7 +195,11 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         model = build(shape, case)
         facts = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         if case["length"]:
-            facts |= {"held": held(model, shape, case), "logits": logits(shape, case)}
+            facts |= {
+                "held": held(model, shape, case),
+                "logits": logits(shape, case, gradient=True),
+                "logprobs": logits(shape, case, gradient=False),
+            }
     return facts
 
 
@@ -213,13 +217,17 @@ def held(model: GPTModel, shape: ModelShape, case: dict[str, Any]) -> int:
         return live.bytes - output.untyped_storage().nbytes()
 
 
-def logits(shape: ModelShape, case: dict[str, Any]) -> int:
+def logits(shape: ModelShape, case: dict[str, Any], gradient: bool) -> int:
     rows, length = case["micro_batch"], case["length"]
     columns = padded_vocabulary(shape) // case["tensor"]
     with Live(torch.nn.Module()) as live:
         tokens = torch.zeros(rows, length, dtype=torch.long)
         output = torch.empty(rows, length, columns, dtype=torch.bfloat16, requires_grad=True)
-        from_parallel_logits_to_logprobs(output.float(), tokens, higher_stability=True).sum().backward()
+        if gradient:
+            from_parallel_logits_to_logprobs(output.float(), tokens, higher_stability=True).sum().backward()
+        else:
+            with torch.no_grad():
+                from_parallel_logits_to_logprobs(output.float(), tokens, inference_only=True, higher_stability=True)
         return live.peak
 
 

@@ -28,7 +28,7 @@ from nemo_lrpo.planning.memory import (
 )
 from nemo_lrpo.planning.parameters import forward_flops, rank_parameters, total_parameters
 from nemo_lrpo.planning.recipes import plan_config
-from nemo_lrpo.planning.shapes import CATALOGUE, from_huggingface
+from nemo_lrpo.planning.shapes import CATALOGUE, from_huggingface, from_nemo
 from nemo_lrpo.planning.timing import Hardware, predict_time
 from tools import plan
 
@@ -130,8 +130,10 @@ def test_activations_and_logits_are_those_of_megatron(measured: list[dict[str, i
         )
         held = held_activations(shape_of(case), layout, case["length"], stage_of(case), 1)
         assert held == pytest.approx(facts["held"], rel=2e-3), case
-        logits = logits_bytes(shape_of(case), case["tensor"], case["micro_batch"], case["length"])
-        assert logits == pytest.approx(facts["logits"], rel=2e-3), case
+        for name, gradient in (("logits", True), ("logprobs", False)):
+            sizes = (case["tensor"], case["micro_batch"], case["length"])
+            logits = logits_bytes(shape_of(case), *sizes, gradient=gradient)
+            assert logits == pytest.approx(facts[name], rel=2e-3), case
         seen += 1
     assert seen == len(PASSES)
 
@@ -339,6 +341,10 @@ def test_the_tool_reads_models_from_files(tmp_path: Path, tiny_nemo: Path) -> No
         "tie_word_embeddings": True,
     }
     assert from_huggingface(config) == shape
+    section = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
+    assert from_nemo({**section, "huggingface": {"config": {"vocab_size": 300}}}).vocabulary == 300
+    with pytest.raises(ConfigError, match="how many rows"):
+        from_nemo(section)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert plan.read_shape(str(tmp_path)) == plan.read_shape(str(tmp_path / "config.json")) == shape
     tiny = plan.read_shape(str(tiny_nemo))
