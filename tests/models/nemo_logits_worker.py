@@ -1,8 +1,8 @@
-"""Load .nemo files with NeMo and write what they compute: nemo_logits_worker.py TOKENS OUT TP PP AGAIN NEMO [NEMO ...].
+"""Load .nemo files with NeMo and write what they compute: nemo_logits_worker.py TOKENS [OUT TP PP NEMO ... --] ...
 
 TOKENS: .npy, ids int64 [B, S]. OUT: a directory that receives `<stem>.npy`, logits float32 [B, S, padded vocabulary],
 and `<stem>.json`, facts on tokenizer and vocabulary, for each file. TP, PP: parallel sizes, of one rank each under
-torchrun. AGAIN=1: each model is saved as OUT/`<stem>_again.nemo`, which is loaded and evaluated like the others.
+torchrun. Each model is saved as OUT/`<stem>_again.nemo` too, which is loaded and evaluated like the others.
 """
 
 from __future__ import annotations
@@ -28,19 +28,18 @@ from omegaconf import OmegaConf  # noqa: E402
 from nemo_lrpo.actor.tokenizer import ArchiveTokenizer  # noqa: E402
 
 CHAT = [{"role": "user", "content": "Où est-ce? 東京"}]
-TENSOR, PIPELINE = int(sys.argv[3]), int(sys.argv[4])
 
 
 class Model(ArchiveTokenizer, MegatronGPTModel):
     """NeMo's own model, no actor around it."""
 
 
-def load(path: Path) -> Model:
+def load(path: Path, tensor: int, pipeline: int) -> Model:
     config = OmegaConf.create(
         {
             "trainer": {
                 "accelerator": "cpu",
-                "devices": TENSOR * PIPELINE,
+                "devices": tensor * pipeline,
                 "num_nodes": 1,
                 "precision": 32,
                 "logger": False,
@@ -48,8 +47,8 @@ def load(path: Path) -> Model:
             },
             "model": {
                 "precision": 32,
-                "tensor_model_parallel_size": TENSOR,
-                "pipeline_model_parallel_size": PIPELINE,
+                "tensor_model_parallel_size": tensor,
+                "pipeline_model_parallel_size": pipeline,
                 **model_overrides(),
             },
         }
@@ -91,16 +90,23 @@ def evaluate(model: Model, tokens: torch.Tensor, out: Path) -> None:
     out.with_suffix(".json").write_text(json.dumps(facts))
 
 
+def run(tokens: torch.Tensor, out: Path, tensor: int, pipeline: int, paths: list[Path]) -> None:
+    parallel_state.destroy_model_parallel()
+    for path in paths:
+        model = load(path, tensor, pipeline)
+        evaluate(model, tokens, out / path.stem)
+        copy = out / f"{path.stem}_again.nemo"
+        model.save_to(str(copy))
+        evaluate(load(copy, tensor, pipeline), tokens, out / copy.stem)
+
+
 def main() -> None:
     tokens = torch.from_numpy(np.load(sys.argv[1]))
-    out, again = Path(sys.argv[2]), sys.argv[5] == "1"
-    for path in map(Path, sys.argv[6:]):
-        model = load(path)
-        evaluate(model, tokens, out / path.stem)
-        if again:
-            copy = out / f"{path.stem}_again.nemo"
-            model.save_to(str(copy))
-            evaluate(load(copy), tokens, out / copy.stem)
+    arguments = sys.argv[2:]
+    while arguments:
+        end = arguments.index("--")
+        (out, tensor, pipeline, *paths), arguments = arguments[:end], arguments[end + 1 :]
+        run(tokens, Path(out), int(tensor), int(pipeline), [Path(path) for path in paths])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import run
 from safetensors import safe_open
@@ -84,6 +84,7 @@ SHAPES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(SHAPES, st.integers(0, 7))
 def test_taking_apart_undoes_putting_together(shape: ModelShape, padding: int) -> None:
     padded = shape.vocabulary + padding
@@ -99,6 +100,7 @@ def test_taking_apart_undoes_putting_together(shape: ModelShape, padding: int) -
     assert parameters == tables + shape.layers * layer_parameters(shape) + shape.hidden
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=8), st.integers(1, 60))
 def test_files_of_weights_are_safetensors(tmp_path_factory: pytest.TempPathFactory, shapes, max_shard: int) -> None:
     directory = tmp_path_factory.mktemp("weights")

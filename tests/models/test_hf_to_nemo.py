@@ -110,16 +110,24 @@ def hf_logits(directory: Path, tokens: torch.Tensor) -> np.ndarray:
     return model.eval()(tokens).logits.numpy()
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def evaluated(request: pytest.FixtureRequest, converted: Path) -> Path:
+@pytest.fixture(scope="module")
+def runs(converted: Path) -> Path:
+    """NeMo's models at all layouts: one process, then two that split each model in one way and the other."""
+    for ranks in (1, 2):
+        arguments = [WORKER, str(converted / "tokens.npy")]
+        for layout, (tensor, pipeline, models) in LAYOUTS.items():
+            if tensor * pipeline == ranks:
+                (converted / layout).mkdir()
+                files = [str(converted / f"{name}.nemo") for name in models]
+                arguments += [str(converted / layout), str(tensor), str(pipeline), *files, "--"]
+        run(arguments, ranks=ranks, cwd=converted)
+    return converted
+
+
+@pytest.fixture(params=LAYOUTS)
+def evaluated(request: pytest.FixtureRequest, runs: Path) -> Path:
     """Models loaded by NeMo at one layout, saved, and loaded again: `<name>.npy` and `.json`, `<name>_again.nemo`."""
-    out = converted / request.param
-    out.mkdir()
-    tensor, pipeline, models = LAYOUTS[request.param]
-    files = [str(converted / f"{name}.nemo") for name in models]
-    arguments = [WORKER, str(converted / "tokens.npy"), str(out), str(tensor), str(pipeline), "1", *files]
-    run(arguments, ranks=tensor * pipeline, cwd=converted)
-    return out
+    return runs / request.param
 
 
 def names(evaluated: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import ROOT
 
@@ -188,6 +188,7 @@ LAYOUTS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(LAYOUTS, st.sampled_from(["megatron", "trt_llm"]), st.sampled_from(["llama3.1-8b", "qwen2.5-7b"]))
 def test_more_of_what_costs_memory_never_costs_less(layout: Layout, engine: str, name: str) -> None:
     shape, work = CATALOGUE[name], Workload(engine=engine)
@@ -202,6 +203,7 @@ def test_more_of_what_costs_memory_never_costs_less(layout: Layout, engine: str,
     assert predict_memory(shape, layout, dataclasses.replace(work, logits_chunk=256)).logits <= base.logits
 
 
+@settings(deadline=None)
 @given(LAYOUTS, st.sampled_from(["llama3.1-8b", "qwen2.5-7b"]))
 def test_stages_and_ranks_hold_the_whole_model(layout: Layout, name: str) -> None:
     shape = CATALOGUE[name]
@@ -212,6 +214,7 @@ def test_stages_and_ranks_hold_the_whole_model(layout: Layout, name: str) -> Non
     assert kv_cache_bytes(shape, layout.tensor, layout.pipeline, 3, 100) * layout.tensor * layout.pipeline == whole
 
 
+@settings(deadline=None)
 @given(LAYOUTS)
 def test_more_data_parallel_ranks_make_a_step_shorter(layout: Layout) -> None:
     shape, work = CATALOGUE["llama3.1-8b"], Workload()
