@@ -33,16 +33,11 @@ if TYPE_CHECKING:
 
 
 def run(config: TrainConfig, tree: DictConfig) -> int:
-    """Train; `tree`, which `config` was loaded from, is kept in run_dir. Returns the exit code: 0 after the last step,
-    EXIT_REQUEUE where the same command is to go on."""
-    from nemo_lrpo.training.stopping import (
-        EXIT_REQUEUE,
-        Starts,
-        StoppedInSetUp,
-        catch_signals,
-        is_main_process,
-        stop_of_this_job,
-    )
+    """Train; `tree`, which `config` was loaded from, is kept in run_dir.
+
+    Returns the exit code: 0 after the last step, EXIT_REQUEUE where the same command is to go on.
+    """
+    from nemo_lrpo.training.stopping import EXIT_REQUEUE, Starts, StoppedInSetUp, catch_signals, stop_of_this_job
 
     stop = stop_of_this_job(config.loop.stop)
     catch_signals(stop)
@@ -50,9 +45,7 @@ def run(config: TrainConfig, tree: DictConfig) -> int:
     try:
         with ExitStack() as rooms:
             with stop.setting_up():
-                trainer = set_up(config, stop, starts, rooms)
-            if is_main_process(os.environ):
-                save_run_config(tree, config.run_dir)
+                trainer = set_up(config, tree, stop, starts, rooms)
             if trainer.fit():
                 starts.requeue(trainer.steps_done)
                 return EXIT_REQUEUE
@@ -69,7 +62,7 @@ def run(config: TrainConfig, tree: DictConfig) -> int:
     return 0
 
 
-def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) -> LrpoTrainer:
+def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, rooms: ExitStack) -> LrpoTrainer:
     """Put the rooms together, to be closed by `rooms`. Every refusal comes before the model is loaded."""
     from nemo_lrpo.actor.platform import ensure_platform
 
@@ -135,6 +128,8 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
     )
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
+    if actor.is_main:
+        save_run_config(tree, config.run_dir)
     return trainer
 
 

@@ -142,7 +142,8 @@ class Watchdog:
             self._leave(_SERVE_S)
         # Without the usual end of a process nobody else would end those that it started.
         for child in multiprocessing.active_children():
-            child.terminate()
+            # They have inherited what this process does at SIGTERM.
+            child.kill()
         os._exit(FAULT_EXIT_CODE)
 
 

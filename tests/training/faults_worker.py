@@ -142,7 +142,8 @@ def one_rank(rank: int, port: int, run: dict[str, Any], log: Path) -> None:
             if fault and fault.pop("rank") == rank:
                 inject(**fault)
             with train.exit_readably():
-                train.run(load_train_config(compose("demo", run["overrides"])))
+                tree = compose("demo", run["overrides"])
+                train.run(load_train_config(tree), tree)
     except SystemExit as stop:
         if not isinstance(stop.code, int):
             print(stop.code, file=sys.stderr, flush=True)
@@ -153,7 +154,7 @@ def one_rank(rank: int, port: int, run: dict[str, Any], log: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()
     os._exit(code)
 
 
