@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,7 @@ def measured() -> list[dict[str, int]]:
         [sys.executable, str(Path(__file__).with_name("megatron_worker.py"))],
         input=json.dumps(CASES),
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
