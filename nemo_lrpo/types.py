@@ -186,12 +186,12 @@ class ScoringAbandoned(Exception):
     """Nobody waits for the scores any more: the request was cancelled, or its deadline has passed."""
 
 
-class StepAbandoned(Exception):
-    """A step or validation was given up on all ranks, because the run is to stop. It has changed nothing."""
-
-
 class AgreedError(Exception):
     """All ranks raise it at the same point, so that none waits for another; what they do next, they do together."""
+
+
+class StepAbandoned(AgreedError):
+    """A step or validation was given up on all ranks, because the run is to stop. It has changed nothing."""
 
 
 class RankFailure(AgreedError, RuntimeError):
