@@ -7,8 +7,8 @@ One process per GPU: start it with srun or torchrun, or plainly for a single one
 continued. `--help` prints the whole configuration.
 
 Exit codes: 0 after the last step; 75 where a signal or the job's time limit ended the run early, saved, and the same
-command goes on; 79 where that was in vain several times over; 70 where another rank failed or this one made no progress; 1 for
-an error, which is named.
+command goes on; 79 where that was in vain several times over; 70 where another rank failed or this one made no
+progress; 1 for an error, which is named.
 """
 
 from __future__ import annotations
