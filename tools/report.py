@@ -64,11 +64,13 @@ def read_lines(path: Path) -> Records:
     if not path.is_file():
         raise ReportError(f"{path}: no such file.")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ReportError(f"{path}:{number}: not JSON ({error}).") from error
+    # Not splitlines: a text may hold other characters that end lines.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ReportError(f"{path}:{number}: not JSON ({error}).") from error
     return records
 
 

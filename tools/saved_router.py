@@ -113,8 +113,9 @@ def read_nemo(path: Path) -> dict[str, Any]:
 
 def read_log(path: Path) -> list[Record]:
     """The training records of a metrics.jsonl."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = [_json(path, line, number) for number, line in enumerate(lines, start=1)]
+    # Not splitlines: a text may hold other characters that end lines.
+    with path.open(encoding="utf-8", newline="\n") as file:
+        records = [_json(path, line, number) for number, line in enumerate(file, start=1)]
     train = [record for record in records if isinstance(record, dict) and record.get("kind") == "train"]
     for record in train:
         if not isinstance(record.get("step"), (int, float)):

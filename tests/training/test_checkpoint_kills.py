@@ -156,7 +156,7 @@ def kills(seed: int) -> Mapping[str, Any]:
     dice = random.Random(seed)
     if seed % 2 == 0:
         # Spread evenly, so that no part of a save is left out by chance.
-        number = int(1.25 * seed) + dice.randrange(1, 3)
+        number = int(1.25 * (seed % KILLS)) + dice.randrange(1, 3)
         return {"arm": lambda: kill_at_call(number), "after": None}
     if seed % 4 == 1:
         number = dice.randrange(1, 19)
@@ -165,9 +165,9 @@ def kills(seed: int) -> Mapping[str, Any]:
 
 
 def test_killed_at_200_points_of_saving_and_loading(tmp_path: Path) -> None:
-    finished = 0
+    killed = 0
     saved = 0
-    for seed in range(KILLS):
+    for seed in range(3 * KILLS):
         reported = run_and_kill(lambda report: go_on(tmp_path, report, steps=2), **kills(seed))
         newest = CheckpointStore(tmp_path, 2, CONFIG).latest()
         known = max(reported, saved)
@@ -176,11 +176,14 @@ def test_killed_at_200_points_of_saving_and_loading(tmp_path: Path) -> None:
         assert known <= step <= known + 1, f"kill {seed}: found step {step}, step {known} was saved"
         if newest is not None:
             assert_whole(newest.state, newest.path)
-        finished += reported == saved + 2
+        # One that came to its end was quicker than its kill: it does not count.
+        killed += reported != saved + 2
         saved = step
         for path in complete_checkpoints(tmp_path):
             load(path)
-    assert finished < KILLS / 3 and saved > 20, "most children must be killed, and some of them get far"
+        if killed == KILLS:
+            break
+    assert killed == KILLS and saved > 20, "children must be killed, and some of them get far"
     # What the kills left behind goes with the next save: two of the newest and the best stay.
     go_on(tmp_path, lambda step: None, steps=1)
     assert 2 <= len(list(tmp_path.iterdir())) <= 3

