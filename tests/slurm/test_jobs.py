@@ -174,7 +174,9 @@ def test_a_preempted_job_of_two_components_is_requeued_and_goes_on(cluster: Clus
     assert f"goes on after step {first};" in read(logs / "train-0.log")
     assert read(tmp_path / "run" / "count.json") == "60"
     said = read(log)
-    assert "TERM came" in said and "the job is requeued" in said and "start 2" in said and "done: " in said
+    # Which of the components ends first is chance; the reward server's end tells of the signal where it is the one.
+    assert "TERM came" in said or "trainer ended with exit code 75" in said
+    assert "the job is requeued" in said and "start 2" in said and "done: " in said
     assert "--het-group=1" in steps_started(log)["reward"] and "--het-group=0" in steps_started(log)["train"]
     # Nothing was killed on the way.
     assert "killed" not in said and "error" not in said
