@@ -37,8 +37,9 @@ def run(config: ServeRewardsConfig) -> None:
     stop = threading.Event()
 
     def end(signum: int, frame: FrameType | None) -> None:
-        # A second SIGTERM or SIGINT ends the process at once; SIGUSR1 may come to a step more than once by Slurm's doing.
-        signal.signal(signum, signal.SIG_IGN if signum == signal.SIGUSR1 else signal.SIG_DFL)
+        # A second SIGTERM or SIGINT ends the process at once; a job's SIGUSR1 may come when it is about to end anyway.
+        signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         stop.set()
 
     # Of these srun passes only SIGUSR1 on; it kills the tasks of a step that is told to end.
