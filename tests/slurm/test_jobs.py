@@ -178,7 +178,8 @@ def test_a_preempted_job_of_two_components_is_requeued_and_goes_on(cluster: Clus
     assert "TERM came" in said or "trainer ended with exit code 75" in said
     assert "the job is requeued" in said and "start 2" in said and "done: " in said
     assert "--het-group=1" in steps_started(log)["reward"] and "--het-group=0" in steps_started(log)["train"]
-    # Nothing was killed on the way.
+    # Nothing was killed on the way; that a requeue ends the job script is Slurm's to say.
+    said = "".join(line for line in said.splitlines() if "DUE TO JOB REQUEUE" not in line)
     assert "killed" not in said and "error" not in said
 
 
