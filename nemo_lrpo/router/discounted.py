@@ -78,5 +78,32 @@ class DiscountedMeans:
         self._table, self._within = table, within
 
 
-STATE_AXES: Mapping[str, tuple[str, ...]] = {"count": ("", "", "languages"), "total": ("", "", "languages")}
-"""See LanguagePolicy.state_axes."""
+class DiscountedPolicy:
+    """What a LanguagePolicy on discounted means has besides its name and its probabilities."""
+
+    per_question = False
+    per_language = False
+    state_axes: Mapping[str, tuple[str, ...]] = {"count": ("", "", "languages"), "total": ("", "", "languages")}
+
+    def __init__(self, discount: float, languages: int) -> None:
+        self._means = DiscountedMeans(discount, languages)
+
+    def values(self, contexts: Sequence[Context]) -> Array:
+        """See LanguagePolicy: means of the rollouts themselves."""
+        return self._means.values(contexts)
+
+    def learn(self, evidence: Evidence) -> None:
+        """See LanguagePolicy."""
+        self._means.learn(evidence)
+
+    def state(self) -> dict[str, Any]:
+        """See LanguagePolicy."""
+        return self._means.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """See LanguagePolicy."""
+        self._means.load(state)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """None of its own."""
+        return {}

@@ -11,57 +11,33 @@ sampling from the posterior would only draw from is thus known, and is the prope
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemo_lrpo.config.router import RouterConfig
-from nemo_lrpo.router.discounted import STATE_AXES, DiscountedMeans
+from nemo_lrpo.router.discounted import DiscountedPolicy
 from nemo_lrpo.router.gaussian import probability_best, sharpened
-from nemo_lrpo.router.policy import Context, Evidence
+from nemo_lrpo.router.policy import Context
 
 Array = NDArray[np.float64]
 
 
-class ThompsonPolicy:
+class ThompsonPolicy(DiscountedPolicy):
     """See the module's docstring."""
 
     name = "thompson"
-    per_question = False
-    per_language = False
-    state_axes = STATE_AXES
 
     def __init__(
         self, config: RouterConfig, languages: Sequence[str], topics: Sequence[str], regions: Sequence[str]
     ) -> None:
         """Topics and regions need not be declared: each pair begins with its first rollout."""
+        super().__init__(config.thompson.discount, len(languages))
         self._settings = config.thompson
-        self._means = DiscountedMeans(config.thompson.discount, len(languages))
 
     def probabilities(self, contexts: Sequence[Context], step: int, charges: Array | None = None) -> Array:
         """See LanguagePolicy."""
         cells = self._means.read(contexts)
         mean = cells.mean if charges is None else cells.mean - charges
         return sharpened(probability_best(mean, np.sqrt(cells.noise / cells.count)), self._settings.sharpness)
-
-    def values(self, contexts: Sequence[Context]) -> Array:
-        """See LanguagePolicy: means of the rollouts themselves."""
-        return self._means.values(contexts)
-
-    def learn(self, evidence: Evidence) -> None:
-        """See LanguagePolicy."""
-        self._means.learn(evidence)
-
-    def state(self) -> dict[str, Any]:
-        """See LanguagePolicy."""
-        return self._means.state()
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """See LanguagePolicy."""
-        self._means.load(state)
-
-    def metrics(self, step: int) -> dict[str, float]:
-        """None of its own."""
-        return {}

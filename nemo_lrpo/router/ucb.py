@@ -16,35 +16,31 @@ equal shares where several are equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemo_lrpo.config.router import RouterConfig
-from nemo_lrpo.router.discounted import STATE_AXES, DiscountedMeans
-from nemo_lrpo.router.policy import Context, Evidence
+from nemo_lrpo.router.discounted import DiscountedPolicy
+from nemo_lrpo.router.policy import Context
 
 Array = NDArray[np.float64]
 
 _HALVINGS = 60
 
 
-class UcbPolicy:
+class UcbPolicy(DiscountedPolicy):
     """See the module's docstring."""
 
     name = "ucb"
-    per_question = False
-    per_language = False
-    state_axes = STATE_AXES
 
     def __init__(
         self, config: RouterConfig, languages: Sequence[str], topics: Sequence[str], regions: Sequence[str]
     ) -> None:
         """Topics and regions need not be declared: each pair begins with its first rollout."""
+        super().__init__(config.ucb.discount, len(languages))
         self._settings = config.ucb
-        self._means = DiscountedMeans(config.ucb.discount, len(languages))
 
     def probabilities(self, contexts: Sequence[Context], step: int, charges: Array | None = None) -> Array:
         """See LanguagePolicy."""
@@ -52,26 +48,6 @@ class UcbPolicy:
         mean = cells.mean if charges is None else cells.mean - charges
         scale = self._settings.exploration**2 * cells.noise * np.log1p(cells.count.sum(axis=1, keepdims=True))
         return optimistic_shares(mean, cells.count, scale, self._means.window)
-
-    def values(self, contexts: Sequence[Context]) -> Array:
-        """See LanguagePolicy: means of the rollouts themselves."""
-        return self._means.values(contexts)
-
-    def learn(self, evidence: Evidence) -> None:
-        """See LanguagePolicy."""
-        self._means.learn(evidence)
-
-    def state(self) -> dict[str, Any]:
-        """See LanguagePolicy."""
-        return self._means.state()
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """See LanguagePolicy."""
-        self._means.load(state)
-
-    def metrics(self, step: int) -> dict[str, float]:
-        """None of its own."""
-        return {}
 
 
 def optimistic_shares(mean: Array, count: Array, scale: Array, window: float) -> Array:
