@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from launch import ROOT
 
+from nemo_lrpo import rank
 from nemo_lrpo.rank import MeetingError, await_published, open_store, publish, rank_environment
+from nemo_lrpo.training import stopping
 
 SRUN = {
     "SLURM_JOB_ID": "41",
@@ -79,3 +81,9 @@ def test_the_entry_point_says_what_is_missing() -> None:
         1,
         "MeetingError: SLURM_JOB_ID is not set; start this module with srun.\n",
     )
+
+
+def test_trainer_rank_and_job_script_mean_the_same_exit_code() -> None:
+    script = (ROOT / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+    assert rank.EXIT_REQUEUE == stopping.EXIT_REQUEUE
+    assert f"readonly EXIT_REQUEUE={rank.EXIT_REQUEUE}\n" in script
