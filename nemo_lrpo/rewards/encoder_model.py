@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
-from threadpoolctl import threadpool_limits
 from torch import nn
 
 from nemo_lrpo.config.checks import ConfigError
@@ -68,8 +68,9 @@ class EncoderModel:
         self.rule = _batch_rule(config, self.device.type, packed, _positions(first.auto_model))
         self.workers = torch.get_num_threads() if packed else 1
         if packed:
-            with threadpool_limits(1 if self.workers > 1 else None, "openmp"):
-                prepare_shapes(self.modules, self.rule)
+            # On a worker's number of cores: oneDNN compiles for it, too.
+            with ThreadPoolExecutor(1, initializer=self.begin_worker) as worker:
+                worker.submit(prepare_shapes, self.modules, self.rule).result()
         self._tokenizer = first.tokenizer
         self._lower_case = first.do_lower_case
         self._pad = self._tokenizer.pad_token_id or 0
@@ -85,7 +86,11 @@ class EncoderModel:
         """Before a thread's first `encode`: where there are several, each computes on one core."""
         if self.workers > 1:
             torch.get_num_threads()  # PyTorch chooses a number for this thread at its first call
-            threadpool_limits(1, "openmp")  # torch.set_num_threads would change it for threads of others as well
+            # This thread's, for OpenMP and MKL: were it OpenMP's alone, attention would split its small products over
+            # all cores. It is also that of threads yet to begin, for which another thread puts it back.
+            torch.set_num_threads(1)
+            with ThreadPoolExecutor(1) as other:
+                other.submit(torch.set_num_threads, self.workers).result()
 
     def tokenise(self, texts: Sequence[str], prefixes: Sequence[Prefix]) -> list[TokenisedText]:
         """Each text whole, or in windows that each have the prefix and the closing special tokens, weighted by the
