@@ -6,17 +6,13 @@ be imported, and NeMo takes it that there are no adapters.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
-from nemo_lrpo.cpu.replacement import Replacement
+from nemo_lrpo.cpu.replacement import TRANSFORMER_ENGINE, Replacement, import_over
 
 _PARTS = "nemo.collections.nlp.parts"
 _MODULE = "nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins"
-_ENGINE = "megatron.core.extensions.transformer_engine"
 _NAMES = (
     "MCoreGPTEmbeddingMixin",
     "MCoreMLPMixin",
@@ -29,22 +25,9 @@ _NAMES = (
 
 def _from_mixins(name: str) -> Callable[[Any], Any]:
     def make(original: Any) -> Any:
-        return getattr(_mixins(), name)
+        return getattr(import_over(_MODULE, TRANSFORMER_ENGINE, SplitAlongDim=None), name)
 
     return make
-
-
-def _mixins() -> ModuleType:
-    """NeMo's module, imported over a stand-in that is taken away again: its presence means Transformer Engine."""
-    if _MODULE in sys.modules:
-        return sys.modules[_MODULE]
-    engine = ModuleType(_ENGINE)
-    engine.SplitAlongDim = None  # type: ignore[attr-defined]
-    sys.modules[_ENGINE] = engine
-    try:
-        return importlib.import_module(_MODULE)
-    finally:
-        del sys.modules[_ENGINE]
 
 
 REPLACEMENTS: tuple[Replacement, ...] = (

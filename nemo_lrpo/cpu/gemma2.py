@@ -8,9 +8,6 @@ has in Apex's and Transformer Engine's form only, are plain torch.
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,8 +20,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from nemo_lrpo.cpu.replacement import TRANSFORMER_ENGINE, import_over
+
 _MODULES = "nemo.collections.nlp.models.language_modeling.megatron.gemma2.gemma2_modules"
-_ENGINE = "megatron.core.extensions.transformer_engine"
 
 
 class ZeroCenteredRMSNorm(torch.nn.Module):
@@ -84,17 +82,5 @@ def block_spec(config: Any) -> TransformerBlockSubmodules:
 
 
 def _nemo_modules() -> Any:
-    """NeMo's module of Gemma 2's classes, imported over the stand-ins.
-
-    Those are taken away again: Megatron-Core takes the presence of their module for Transformer Engine's.
-    """
-    if _MODULES in sys.modules:
-        return sys.modules[_MODULES]
-    engine = ModuleType(_ENGINE)
-    engine.TENorm = ZeroCenteredRMSNorm  # type: ignore[attr-defined]
-    engine.TERowParallelLinear = RowParallelLinear  # type: ignore[attr-defined]
-    sys.modules[_ENGINE] = engine
-    try:
-        return importlib.import_module(_MODULES)
-    finally:
-        del sys.modules[_ENGINE]
+    """NeMo's module of Gemma 2's classes."""
+    return import_over(_MODULES, TRANSFORMER_ENGINE, TENorm=ZeroCenteredRMSNorm, TERowParallelLinear=RowParallelLinear)

@@ -7,7 +7,11 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
+
+TRANSFORMER_ENGINE = "megatron.core.extensions.transformer_engine"
+"""Megatron-Core's module of Transformer Engine's layers; it takes its presence for Transformer Engine's."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,22 @@ def resolve(target: str) -> tuple[Any, str]:
             owner = getattr(owner, attribute)
         return owner, name
     raise ModuleNotFoundError(f"No module owns {target!r}.", name=path[0] if path else target)
+
+
+def import_over(module: str, absent: str, **names: Any) -> ModuleType:
+    """`module`, imported while a module `absent` with `names` stands in for the one that it needs.
+
+    The stand-in is taken away again: its presence would tell others that the real one is installed.
+    """
+    if module in sys.modules:
+        return sys.modules[module]
+    stand_in = ModuleType(absent)
+    vars(stand_in).update(names)
+    sys.modules[absent] = stand_in
+    try:
+        return importlib.import_module(module)
+    finally:
+        del sys.modules[absent]
 
 
 def apply(replacements: Iterable[Replacement]) -> None:
