@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chat_endpoint import ChatEndpoint, serve_chat
 from encoder_fixture import build_tiny_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,30 +62,6 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-class Endpoint(BaseHTTPRequestHandler):
-    """Labels by a word of the question."""
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt = body["messages"][1]["content"]
-        with self.server.lock:
-            self.server.prompts.append(prompt)
-        reply = self.server.answer(prompt)
-        if isinstance(reply, int):
-            self.send_response(reply)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def by_word(prompt: str) -> str:
     if "Japan" in prompt:
         return json.dumps({"topic": "Regional Knowledge", "region": "Japan"})
@@ -94,15 +69,9 @@ def by_word(prompt: str) -> str:
 
 
 @pytest.fixture
-def endpoint() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.prompts, server.lock, server.answer = [], threading.Lock(), by_word
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def endpoint() -> Iterator[ChatEndpoint]:
+    with serve_chat(by_word) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
@@ -117,11 +86,11 @@ def run(out: Path, *arguments: object) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def asking(endpoint: ThreadingHTTPServer) -> tuple[str, ...]:
-    return "--label-url", f"http://127.0.0.1:{endpoint.server_port}/v1", "--label-model", "m", "--label-timeout", "2"
+def asking(endpoint: ChatEndpoint) -> tuple[str, ...]:
+    return "--label-url", endpoint.url, "--label-model", "m", "--label-timeout", "2"
 
 
-def test_rows_become_training_questions_and_a_card(good: Path, endpoint: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_rows_become_training_questions_and_a_card(good: Path, endpoint: ChatEndpoint, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(out, "--source", f"helpsteer3={good}", "--validation", 0.25, *asking(endpoint)) == []
     splits = {name: read_prompts(out / f"{name}.parquet", ["de", "en"]) for name in ("train", "validation")}
@@ -137,7 +106,7 @@ def test_rows_become_training_questions_and_a_card(good: Path, endpoint: Threadi
     assert len(endpoint.prompts) == 8
 
 
-def test_a_start_after_a_kill_asks_for_the_rest(good: Path, endpoint: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_a_start_after_a_kill_asks_for_the_rest(good: Path, endpoint: ChatEndpoint, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--source", f"helpsteer3={good}", *asking(endpoint))
     run(out, *arguments)
@@ -154,7 +123,7 @@ def test_a_start_after_a_kill_asks_for_the_rest(good: Path, endpoint: ThreadingH
     assert pq.read_table(out / "train.parquet").equals(rows)
 
 
-def test_what_is_not_taken_is_listed_with_its_reason(good: Path, endpoint: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_what_is_not_taken_is_listed_with_its_reason(good: Path, endpoint: ChatEndpoint, tmp_path: Path) -> None:
     first = QUESTIONS["de"][1]
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", first))]
     bad: list[tuple[Any, str]] = [
@@ -245,7 +214,7 @@ def test_labels_of_the_source_are_kept_and_missing_ones_are_asked_for(tmp_path: 
 
 
 def test_an_endpoint_that_refuses_all_ends_in_one_line_and_a_busy_one_is_asked_again(
-    good: Path, endpoint: ThreadingHTTPServer, tmp_path: Path
+    good: Path, endpoint: ChatEndpoint, tmp_path: Path
 ) -> None:
     busy = iter([503, 429])
     endpoint.answer = lambda prompt: next(busy, None) or by_word(prompt)
