@@ -57,7 +57,8 @@ class CheckpointConfig:
     best_mode: str = "max"
     """max or min: which values of the metric are best."""
     on_damage: str = "stop"
-    """A completed checkpoint is found damaged: stop with its name, or go on from the next older one with a warning."""
+    """A completed checkpoint is found damaged: stop with its name, or go on from the next older one with a warning. Then
+    the damaged one becomes NAME.passed_over, which is removed when the run saves that step, or a later one."""
     async_save: bool = False
     """Write the shards of periodic checkpoints in the background while the next steps run; the last one is waited for.
     Takes the memory of a second copy of model and optimizer on the host."""

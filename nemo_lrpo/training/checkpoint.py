@@ -205,23 +205,23 @@ class CheckpointStore:
                     load(path)
             except CheckpointError:
                 aside = path.with_name(path.name + PASSED_OVER)
-                log.warning("%s: damaged, and left behind; now %s.", path, aside.name)
+                log.warning("%s: damaged, and left behind; now %s, until the run gets there.", path, aside.name)
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
 
     def _prune(self) -> None:
-        """Take away what is neither among the newest nor among the best."""
+        """Take away what is neither among the newest nor among the best, and damaged ones that the run has passed."""
         saved = self.saved()
         # Of one step, the last that was saved.
         steps = list({one.manifest.step: one for one in reversed(saved)}.values())[::-1]
         newest = steps[: self._keep] if self._keep else steps
         stay = {one.path for one in (*newest, *self._best_of(steps))}
-        for one in saved:
-            if one.path not in stay:
-                try:
-                    files.remove(one.path)
-                except OSError as error:
-                    log.warning("%s: could not be removed (%s).", one.path, error)
+        passed = files.left_behind(self._directory, steps[0].manifest.step) if steps else ()
+        for path in (*(one.path for one in saved if one.path not in stay), *passed):
+            try:
+                files.remove(path)
+            except OSError as error:
+                log.warning("%s: could not be removed (%s).", path, error)
 
     # -- what is there -------------------------------------------------------------------------------------------
 

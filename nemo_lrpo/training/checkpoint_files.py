@@ -129,6 +129,14 @@ def incomplete_checkpoints(directory: Path) -> Iterator[Path]:
             yield path
 
 
+def left_behind(directory: Path, step: int) -> Iterator[Path]:
+    """Damaged checkpoints that were set aside, of steps up to `step`; by their names, since all else may be damaged."""
+    for path in sorted(directory.glob(f"step_*{PASSED_OVER}")):
+        number = path.name.removeprefix("step_").removesuffix(PASSED_OVER)
+        if number.isdecimal() and int(number) <= step:
+            yield path
+
+
 def publish(partial: Path, final: Path, flushed: Collection[Path] = ()) -> None:
     """Give a finished directory its name, durably; the disk has the files `flushed`. What had the name before stays
     complete until then, and goes."""

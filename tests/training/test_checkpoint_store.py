@@ -191,7 +191,7 @@ def test_a_damaged_newest_stops_the_run_unless_an_older_one_is_asked_for(
     assert latest is not None and latest.state["seed"] == 7
 
 
-def test_a_later_damaged_one_is_set_aside_once_the_run_has_gone_on(tmp_path: Path) -> None:
+def test_a_later_damaged_one_is_set_aside_until_the_run_has_caught_up(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, 0, CheckpointConfig(on_damage="older"))
     for step in (1, 9):
         store.save(OneRank(), state(step))
@@ -200,6 +200,11 @@ def test_a_later_damaged_one_is_set_aside_once_the_run_has_gone_on(tmp_path: Pat
     assert names(tmp_path) == ["step_00000001", "step_00000002", "step_00000009.passed_over"]
     latest = CheckpointStore(tmp_path, 0).latest()
     assert latest is not None and latest.state["step"] == 2
+    (tmp_path / "step_old.passed_over").mkdir()
+    store.save(OneRank(), state(8))
+    assert "step_00000009.passed_over" in names(tmp_path), "it may still be mended"
+    store.save(OneRank(), state(10))
+    assert names(tmp_path) == [*(f"step_{step:08}" for step in (1, 2, 8, 10)), "step_old.passed_over"]
 
 
 def test_a_damaged_state_that_no_hash_covers_does_not_take_the_place_of_a_new_save(
