@@ -141,6 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
         help="left to CUDA, NCCL and the allocator (default %(default)s)",
     )
     parser.add_argument("--sequence-parallel", action="store_true", help="as model.sequence_parallel=true")
+    parser.add_argument(
+        "--answer-tokens", type=int, metavar="N", help="of an answer on average, for actor.sequence_packing=true"
+    )
     parser.add_argument("--top", type=int, default=10, help="layouts shown (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of conf/train.yaml")
@@ -152,16 +155,20 @@ def main(arguments: list[str] | None = None) -> None:
         reserve=int(options.reserve_gib * GIB),
     )
     console = Console(width=None if sys.stdout.isatty() else 190)
+    answer_tokens = options.answer_tokens
     try:
         if options.list:
             for name, shape in CATALOGUE.items():
                 console.print(f"{name:14} {total_parameters(shape) / 1e9:6.2f} billion parameters")
             return
         if options.recipe:
-            plans = [_recipe_plan(options.recipe, options.overrides, hardware)]
+            config = read_config([f"+recipes={options.recipe}", *options.overrides])
+            shape = read_shape(options.recipe.removesuffix("-lora"))
+            plans = [plan_config(config, shape, hardware, answer_tokens)]
         else:
             gpus = options.gpus or options.nodes * hardware.gpus_per_node
-            work = workload_of(read_config(options.overrides))
+            config = read_config(options.overrides)
+            work = workload_of(config, answer_tokens)
             shape = read_shape(options.model)
             plans = rank_layouts(shape, gpus, work, hardware, sequence_parallel=options.sequence_parallel)
             if not plans:
@@ -176,14 +183,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps([_as_json(plan) for plan in plans], indent=2))
     else:
         show(plans, console)
+        if config.actor.sequence_packing and answer_tokens is None:
+            console.print(
+                "Times are those of answers of full length; --answer-tokens says what packing leaves of them."
+            )
     problems = [problem for plan in plans for problem in plan.problems]
     if problems:
         sys.exit("\n".join(f"does not fit: {problem}" for problem in problems))
-
-
-def _recipe_plan(recipe: str, overrides: Sequence[str], hardware: Hardware) -> Plan:
-    config = read_config([f"+recipes={recipe}", *overrides])
-    return plan_config(config, read_shape(recipe.removesuffix("-lora")), hardware)
 
 
 if __name__ == "__main__":

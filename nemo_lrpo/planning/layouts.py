@@ -98,6 +98,10 @@ def _impossible(shape: ModelShape, layout: Layout, work: Workload, hardware: Har
         found.append(f"adapters of {work.lora_dim} dimensions cannot be split over {tensor} tensor parallel ranks")
     if shape.layers % pipeline:
         found.append(f"{shape.layers} layers cannot be split into {pipeline} pipeline stages")
+    if work.lora_dim and shape.tied and pipeline > 1:
+        found.append("adapters on a model with tied embeddings do not go in pipeline stages (Megatron-Core 0.11)")
+    if work.packed and shape.gemma2:
+        found.append("NeMo's attention for Gemma 2 takes no packed sequences")
     if shape.gemma2 and pipeline > 1:
         found.append("NeMo 2.2 cannot build Gemma 2 in pipeline stages")
     if work.engine == "trt_llm":

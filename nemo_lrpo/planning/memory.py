@@ -68,6 +68,11 @@ class Workload:
     """Width of LoRA's adapters; 0: the whole model is trained."""
     lora_targets: tuple[str, ...] = ("attention_qkv",)
     """What they adapt, of planning.parameters.ADAPTED."""
+    packed: bool = False
+    """Updates and log-probs go without padding: in time, as many tokens as there are; in memory, a micro-batch takes
+    what a padded one does."""
+    mean_response_tokens: int | None = None
+    """Tokens of an answer on average, where that is known."""
 
     @property
     def rows(self) -> int:
@@ -83,6 +88,12 @@ class Workload:
     def length(self) -> int:
         """Tokens of the longest sequence."""
         return self.prompt_tokens + self.response_tokens
+
+    @property
+    def passed_length(self) -> int:
+        """Tokens that a sequence takes in a pass of updates and log-probs, on average."""
+        known = self.packed and self.mean_response_tokens is not None
+        return self.prompt_tokens + (self.mean_response_tokens or 0) if known else self.length
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from nemo_lrpo.planning.shapes import ModelShape
 from nemo_lrpo.planning.timing import Hardware
 
 
-def plan_config(config: TrainConfig, shape: ModelShape, hardware: Hardware | None = None) -> Plan:
+def plan_config(
+    config: TrainConfig, shape: ModelShape, hardware: Hardware | None = None, mean_response_tokens: int | None = None
+) -> Plan:
     """What a training configuration needs on each GPU; `plan.problems` says why it cannot run, if it cannot.
 
     Raises ConfigError for what the arithmetic does not cover (adapters other than LoRA's, precisions other than bf16).
     """
-    return make_plan(shape, layout_of(config), workload_of(config), hardware)
+    return make_plan(shape, layout_of(config), workload_of(config, mean_response_tokens), hardware)
 
 
 def layout_of(config: TrainConfig) -> Layout:
@@ -44,9 +46,18 @@ def layout_of(config: TrainConfig) -> Layout:
     )
 
 
-def workload_of(config: TrainConfig) -> Workload:
-    """The work of a step that a training configuration describes."""
+def workload_of(config: TrainConfig, mean_response_tokens: int | None = None) -> Workload:
+    """The work of a step that a training configuration describes; how long answers are it does not say.
+
+    Raises ConfigError for a mean length that cannot be, or that nothing depends on.
+    """
     engine = config.rollout.trt_llm
+    longest, packed = config.rollout.max_new_tokens, config.actor.sequence_packing
+    if mean_response_tokens is not None and not (packed and 0 < mean_response_tokens <= longest):
+        raise ConfigError(
+            f"answers of {mean_response_tokens} tokens on average: give 1 to rollout.max_new_tokens={longest}, and "
+            "actor.sequence_packing=true; padded ones take as long as the longest."
+        )
     dim, targets = _adapters(config)
     return Workload(
         prompts=config.loop.prompts_per_step,
@@ -62,6 +73,8 @@ def workload_of(config: TrainConfig) -> Workload:
         offload_optimizer=config.actor.offload_optimizer,
         lora_dim=dim,
         lora_targets=targets,
+        packed=packed,
+        mean_response_tokens=mean_response_tokens,
     )
 
 

@@ -63,7 +63,11 @@ class StepTime:
 
 
 def predict_time(shape: ModelShape, layout: Layout, work: Workload, hardware: Hardware | None = None) -> StepTime:
-    """Seconds of a step in which every answer is as long as it may be."""
+    """Seconds of a step in which every answer is as long as it may be.
+
+    Where sequences are packed and the mean length of answers is known, that is what updates and log-probs take;
+    generation waits for the longest answer all the same.
+    """
     hardware = hardware or Hardware()
     prefill, decode = _generation(shape, layout, work, hardware)
     forward = _forward(shape, layout, work, hardware)
@@ -88,9 +92,11 @@ def _forward(shape: ModelShape, layout: Layout, work: Workload, hardware: Hardwa
     The slowest stage sets the pace, and m micro-batches take m + p - 1 turns (Narayanan et al. 2021, section 2.2.1);
     the last stage has the logits besides its layers.
     """
-    micro_batches = math.ceil(work.rows / (work.updates * layout.data * layout.micro_batch))
-    whole = forward_flops(shape, work.rows, work.length)
-    logits = 2.0 * work.rows * work.length * shape.vocabulary * shape.hidden
+    # A packed one has the tokens of a padded one.
+    tokens = work.rows * work.passed_length
+    micro_batches = math.ceil(tokens / (work.length * work.updates * layout.data * layout.micro_batch))
+    whole = forward_flops(shape, work.rows, work.passed_length)
+    logits = 2.0 * tokens * shape.vocabulary * shape.hidden
     slowest = (whole - logits) / layout.pipeline + logits
     turns = (micro_batches + layout.pipeline - 1) / micro_batches
     return slowest * turns / (layout.data * layout.tensor * hardware.flops * hardware.compute_share)
@@ -98,7 +104,7 @@ def _forward(shape: ModelShape, layout: Layout, work: Workload, hardware: Hardwa
 
 def _logits(shape: ModelShape, layout: Layout, work: Workload, hardware: Hardware) -> float:
     """Seconds in which the last stage makes the logits of a step's rollouts, once more for the gradient of chunks."""
-    flops = 2.0 * work.rows * work.length * shape.vocabulary * shape.hidden
+    flops = 2.0 * work.rows * work.passed_length * shape.vocabulary * shape.hidden
     return flops / (layout.data * layout.tensor * hardware.flops * hardware.compute_share)
 
 
@@ -150,7 +156,7 @@ def _communication(shape: ModelShape, layout: Layout, work: Workload, hardware: 
     """Sums over tensor parallel ranks (two a layer forward, two backward; Shoeybi et al. 2019, arXiv 1909.08053), and
     gradients in float32 and weights in bfloat16 over data-parallel ranks.
     """
-    tokens = work.rows * work.length / layout.data
+    tokens = work.rows * work.passed_length / layout.data
     passes = 2 + (1 if work.reference else 0) + (1 if layout.recompute == "full" else 0)
     layers = shape.layers / layout.pipeline
     tensor = passes * 2 * layers * 2 * tokens * shape.hidden * _ring(layout.tensor) / hardware.nvlink
