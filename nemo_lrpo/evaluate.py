@@ -8,6 +8,10 @@
 Each question is answered once, in its own language. `evaluation.data` is scored by the reward server; tasks in their
 public layouts are scored here (nemo_lrpo/config/evaluation.py). Answers are kept as they come: the same command goes on
 after a stop. `--help` prints the whole configuration.
+
+Exit codes are those of nemo_lrpo.train: 0 when all is measured; 75 where a signal or the job's time limit came
+first, and the same command goes on; 79 where that was in vain several times over; 70 where another rank failed; 1 for
+an error.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +38,7 @@ from nemo_lrpo.config.scoring import ScorerConfig, VerifierConfig
 from nemo_lrpo.train import exit_readably
 
 if TYPE_CHECKING:
+    from nemo_lrpo.actor.actor import MegatronActor
     from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.serving.client import RewardClient
     from nemo_lrpo.tasks import Task
@@ -39,10 +46,32 @@ if TYPE_CHECKING:
     from nemo_lrpo.training.checkpoint import Checkpoint
     from nemo_lrpo.training.evaluation import Answer, Suite
     from nemo_lrpo.training.protocols import RewardService
+    from nemo_lrpo.training.stopping import Starts, Stop
 
 
-def run(config: EvaluateConfig) -> dict[str, float]:
-    """Evaluate; writes `evaluation.out` and the answers beside it. Returns the metrics.
+def run(config: EvaluateConfig) -> int:
+    """Evaluate; writes `evaluation.out` and the answers beside it.
+
+    Returns the exit code: 0, or EXIT_REQUEUE where the same command is to go on.
+    """
+    from nemo_lrpo.training.stopping import Starts, catch_signals, counted, stop_of_this_job
+
+    stop = stop_of_this_job(config.loop.stop)
+    # What is answered is on the disk: no time is needed for a save.
+    stop.took("save", 0.0)
+    catch_signals(stop)
+    out = Path(config.evaluation.out)
+    starts = Starts(
+        out.parent,
+        config.loop.stop.no_progress_limit,
+        file=f"{out.stem}.starts.json",
+        lacking="added to the {} answers that are kept; a batch has evaluation.batch_size questions",
+    )
+    return counted(starts, partial(_evaluate, config, stop, starts))
+
+
+def _evaluate(config: EvaluateConfig, stop: Stop, starts: Starts) -> int | None:
+    """All ranks: answers and metrics; the number of answers where it stops early, None at the end.
 
     Every refusal comes before the model is loaded, and where all answers are there it is not loaded at all.
     """
@@ -57,37 +86,43 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     from nemo_lrpo.training.evaluation import Answer
     from nemo_lrpo.training.stopping import is_main_process
 
-    check_nemo_sections(config)
-    settings = config.evaluation
-    checkpoint = None if settings.checkpoint is None else find_checkpoint(Path(settings.checkpoint))
-    tasks = [_at_most(task, settings.limit) for task in load_tasks(settings.all_tasks())]
-    renderer = PromptRenderer(open_tokenizer(config.pretrained_checkpoint.restore_from_path), config.prompt)
     with ExitStack() as rooms:
-        rewards = open_rewards(config, tasks, rooms)
-        services = open_services(settings, tasks, rewards, rooms)
-        suite = open_suite(config, tasks, services)
-        suite.fit(renderer)
-        items = {(task.name, item.prompt.question_id): item for task in suite.tasks for item in task.items}
+        with stop.setting_up():
+            check_nemo_sections(config)
+            settings = config.evaluation
+            checkpoint = None if settings.checkpoint is None else find_checkpoint(Path(settings.checkpoint))
+            tasks = [_at_most(task, settings.limit) for task in load_tasks(settings.all_tasks())]
+            renderer = PromptRenderer(open_tokenizer(config.pretrained_checkpoint.restore_from_path), config.prompt)
+            rewards = open_rewards(config, tasks, rooms)
+            services = open_services(settings, tasks, rewards, rooms)
+            suite = open_suite(config, tasks, services)
+            suite.fit(renderer)
+            items = {(task.name, item.prompt.question_id): item for task in suite.tasks for item in task.items}
 
-        def understand(record: Mapping[str, Any]) -> Answer:
-            question = record["sample_id"].partition("/")[2].rpartition("/")[0]
-            return Answer.of(items[record["task"], question], record)
+            def understand(record: Mapping[str, Any]) -> Answer:
+                question = record["sample_id"].partition("/")[2].rpartition("/")[0]
+                return Answer.of(items[record["task"], question], record)
 
-        file = rooms.enter_context(
-            closing(
-                AnswerFile(
-                    Path(settings.out),
-                    _dependencies(config, checkpoint, suite, services),
-                    understand,
-                    overwrite=settings.overwrite,
-                    writes=is_main_process(os.environ),
+            file = rooms.enter_context(
+                closing(
+                    AnswerFile(
+                        Path(settings.out),
+                        _dependencies(config, checkpoint, suite, services),
+                        understand,
+                        overwrite=settings.overwrite,
+                        writes=is_main_process(os.environ),
+                    )
                 )
             )
-        )
         answers = dict(file.kept)
         if len(answers) < len(items):
-            _answer_the_rest(config, checkpoint, renderer, suite, file, answers)
-        return _write_result(config, checkpoint, suite, file, answers)
+            starts.begin(len(answers), main=is_main_process(os.environ))
+            if reason := _answer_the_rest(config, checkpoint, renderer, suite, file, answers, stop, starts):
+                if is_main_process(os.environ):
+                    print(_stopped_by(reason, len(answers), len(items)), flush=True)
+                return len(answers)
+        _write_result(config, checkpoint, suite, file, answers)
+    return None
 
 
 def _answer_the_rest(
@@ -97,8 +132,10 @@ def _answer_the_rest(
     suite: Suite,
     file: AnswerFile,
     answers: dict[tuple[str, str], Answer],
-) -> None:
-    """All ranks: add to `answers`, and to `file` batch by batch, what is not there yet."""
+    stop: Stop,
+    starts: Starts,
+) -> int:
+    """All ranks: add to `answers`, and to `file` batch by batch, what is not there yet; why it stops early, or 0."""
     from tqdm import tqdm
 
     from nemo_lrpo.actor import collectives
@@ -106,12 +143,15 @@ def _answer_the_rest(
     from nemo_lrpo.actor.setup import build_policy
     from nemo_lrpo.actor.watchdog import Watchdog
 
-    policy = build_policy(
-        config, total_updates=1, resume_from=None if checkpoint is None else checkpoint.shards, training=False
-    )
+    with stop.setting_up():
+        policy = build_policy(
+            config, total_updates=1, resume_from=None if checkpoint is None else checkpoint.shards, training=False
+        )
     collectives.refuse_different("answers kept beside evaluation.out", _digest(sorted(answers)))
     with Watchdog(config.loop.progress_timeout_s, "The answers so far are kept; the same command goes on.") as watchdog:
         actor = MegatronActor(policy, config, on_progress=watchdog.beat)
+        starts.count = actor.max_over_ranks(starts.count)
+        starts.refuse_if_too_many()
         for task in suite.tasks:
             left = [item for item in task.items if (task.name, item.prompt.question_id) not in answers]
             bar = tqdm(
@@ -123,11 +163,41 @@ def _answer_the_rest(
             )
             with closing(bar):
                 for items in suite.batches(left):
-                    batch = suite.answer(actor, renderer, task, items)
+                    batch, reason = _batch_in_time(
+                        actor, stop, partial(suite.answer, actor, renderer, task, items, stop)
+                    )
+                    if reason:
+                        return reason
                     file.append(task.name, batch)
                     answers.update(((task.name, answer.item.prompt.question_id), answer) for answer in batch)
                     bar.update(len(batch))
         actor.barrier()
+    return 0
+
+
+def _batch_in_time(actor: MegatronActor, stop: Stop, answer: Callable[[], list[Answer]]) -> tuple[list[Answer], int]:
+    """All ranks: a batch and 0; or none and why this start ends, where a batch does not fit into its time any more.
+
+    What fails while the start is to end counts as given up: what it asks for may be ending too.
+    """
+    from nemo_lrpo.training.scoring import StepRefused
+    from nemo_lrpo.types import StepAbandoned
+
+    if reason := actor.max_over_ranks(stop.reason("batch")):
+        return [], reason
+    try:
+        with stop.timed("batch"):
+            return answer(), 0
+    except (StepAbandoned, StepRefused):
+        if reason := actor.max_over_ranks(stop.reason("batch")):
+            return [], reason
+        raise
+
+
+def _stopped_by(reason: int, kept: int, wanted: int) -> str:
+    from nemo_lrpo.training.stopping import describe
+
+    return f"Stopped by {describe(reason)}: {kept} of {wanted} answers are kept, and the same command goes on."
 
 
 def _write_result(
@@ -136,8 +206,8 @@ def _write_result(
     suite: Suite,
     file: AnswerFile,
     answers: Mapping[tuple[str, str], Answer],
-) -> dict[str, float]:
-    """All ranks: the metrics; the main rank writes and prints them."""
+) -> None:
+    """The main rank writes and prints the metrics."""
     from nemo_lrpo.training.answer_file import write_whole
     from nemo_lrpo.training.stopping import is_main_process
 
@@ -163,7 +233,6 @@ def _write_result(
         for result in results:
             print(result.line(), flush=True)
         print(f"{out} (the answers: {file.path})", flush=True)
-    return flat
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -293,7 +362,7 @@ def _finite(tree: Any) -> Any:
 def main(tree: DictConfig) -> None:
     """Entry point."""
     with exit_readably():
-        run(load_evaluate_config(tree))
+        sys.exit(run(load_evaluate_config(tree)))
 
 
 if __name__ == "__main__":

@@ -39,29 +39,23 @@ def run(config: TrainConfig, tree: DictConfig) -> int:
 
     Returns the exit code: 0 after the last step, EXIT_REQUEUE where the same command is to go on.
     """
-    from nemo_lrpo.training.stopping import EXIT_REQUEUE, Starts, StoppedInSetUp, catch_signals, stop_of_this_job
+    from nemo_lrpo.training.stopping import Starts, catch_signals, counted, stop_of_this_job
 
     stop = stop_of_this_job(config.loop.stop)
     catch_signals(stop)
     starts = Starts(Path(config.run_dir), config.loop.stop.no_progress_limit)
-    try:
+
+    def work() -> int | None:
         with ExitStack() as rooms:
             with stop.setting_up():
                 trainer = set_up(config, tree, stop, starts, rooms)
             if trainer.fit():
-                starts.requeue(trainer.steps_done)
-                return EXIT_REQUEUE
+                return trainer.steps_done
             if config.loop.export_nemo and trainer.finished:
                 trainer.export(Path(config.run_dir) / "model.nemo")
-    except StoppedInSetUp as signalled:
-        print(f"{signalled} before the first step of this start; nothing is lost.", flush=True)
-        starts.requeue(starts.step)
-        return EXIT_REQUEUE
-    except BaseException:
-        starts.clear()
-        raise
-    starts.clear()
-    return 0
+        return None
+
+    return counted(starts, work)
 
 
 def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, rooms: ExitStack) -> LrpoTrainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,27 @@ class Evaluations:
         self._starter = starter
         self._settings = settings
 
-    def __call__(self, out: Path, *, ranks: int = 1, expect: int = 0, **changes: object) -> tuple[dict[str, Any], str]:
-        """The result and what was printed; keys of `changes` have `__` for dots."""
+    def __call__(
+        self,
+        out: Path,
+        *,
+        ranks: int = 1,
+        expect: int = 0,
+        environment: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+        **changes: object,
+    ) -> tuple[dict[str, Any], str]:
+        """The result and what was printed; keys of `changes` have `__` for dots, `before` runs in every rank first."""
         more = {key.replace("__", "."): value for key, value in changes.items()}
         arguments = {**self._settings, "evaluation.out": out, "trainer.devices": ranks, **more}
         out.parent.mkdir(parents=True, exist_ok=True)
         log = out.parent / f"{out.stem}_{len(list(out.parent.glob('*.log')))}.log"
         log.touch()
         line = ["--config-name", "demo_evaluate", *(f"{key}={value}" for key, value in arguments.items())]
-        before = only_weights if ranks == 1 else None
-        started = self._starter(line, log, ranks=ranks, entry="nemo_lrpo.evaluate", before=before)
+        before = before or (only_weights if ranks == 1 else None)
+        started = self._starter(
+            line, log, ranks=ranks, environment=environment, entry="nemo_lrpo.evaluate", before=before
+        )
         codes = started.wait()
         assert codes == [expect] * ranks, f"{codes}\n{started.text}"
         return json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}, started.text

@@ -28,7 +28,7 @@ from nemo_lrpo.types import AgreedError
 EXIT_REQUEUE = 75
 """The run stopped early with everything saved; the same command goes on from there. EX_TEMPFAIL of sysexits.h."""
 EXIT_NO_PROGRESS = 79
-"""`trainer.lrpo.stop.no_progress_limit` starts did not complete a step: another one would not either."""
+"""`trainer.lrpo.stop.no_progress_limit` starts came no further: another one would not either."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask for a stop; Ctrl-C ends the process as ever."""
@@ -46,7 +46,7 @@ class StoppedInSetUp(BaseException):
 
 
 class NoProgress(AgreedError):
-    """Start after start, the run has not completed a step."""
+    """Start after start, the work has come no further."""
 
 
 class Stop:
@@ -215,12 +215,19 @@ def is_main_process(environment: Mapping[str, str]) -> bool:
 
 
 class Starts:
-    """How often in a row a run was started from the same step; the main rank keeps it in `<run_dir>/starts.json`."""
+    """How often in a row a run was started from the same step; the main rank keeps it in `<run_dir>/starts.json`.
 
-    def __init__(self, run_dir: Path, limit: int):
-        """limit: starts that may complete no step; 0: any number."""
-        self._file = run_dir / "starts.json"
+    Other work counts its own progress in place of steps.
+    """
+
+    def __init__(
+        self, run_dir: Path, limit: int, *, file: str = "starts.json", lacking: str = "completed the step after step {}"
+    ):
+        """limit: starts that may complete no step; 0: any number. lacking: what a start in vain has not done, with {}
+        for the progress so far."""
+        self._file = run_dir / file
         self._limit = limit
+        self._lacking = lacking
         self._main = False
         self.step = -1
         self.count = 0
@@ -254,7 +261,7 @@ class Starts:
 
     def _message(self, count: int) -> str:
         return (
-            f"{count} starts in a row have not completed the step after step {self.step}. With set-up and save it may "
+            f"{count} starts in a row have not {self._lacking.format(self.step)}. With set-up and save it may "
             "not fit into the job's time, or the run was killed each time, for want of memory for example. Nothing is "
             "lost: mend that and start again (trainer.lrpo.stop.no_progress_limit counts anew)."
         )
@@ -272,3 +279,24 @@ class Starts:
             partial = self._file.with_name(self._file.name + ".partial")
             partial.write_text(json.dumps({"step": self.step, "starts": self.count, "outcome": outcome}) + "\n")
             partial.replace(self._file)
+
+
+def counted(starts: Starts, work: Callable[[], int | None]) -> int:
+    """The exit code of a start, which is `work`: 0, or EXIT_REQUEUE where the same command is to go on.
+
+    work: begins `starts`; how far it has come where it stops early, None at its end. Raises NoProgress where one more
+    start would be pointless, and what `work` raises.
+    """
+    try:
+        stopped_at = work()
+    except StoppedInSetUp as signalled:
+        print(f"{signalled} before the first step of this start; nothing is lost.", flush=True)
+        stopped_at = starts.step
+    except BaseException:
+        starts.clear()
+        raise
+    if stopped_at is None:
+        starts.clear()
+        return 0
+    starts.requeue(stopped_at)
+    return EXIT_REQUEUE

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import threading
+import signal
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stop_points
+from chat_endpoint import ChatEndpoint, serve_chat
 from evaluations import Evaluations
 from launch import ROOT
 from training_runs import Runs, records, settings_for
@@ -23,43 +25,25 @@ FIXTURES = ROOT / "tests" / "tasks" / "fixtures"
 GRADES = {"isst": "A", "grüßt": "B"}
 
 
-class Judge(BaseHTTPRequestHandler):
+def grade(prompt: str) -> str:
     """Right is who answers what is eaten; wrongly worded who answers how to greet."""
-
-    def do_POST(self) -> None:
-        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][1]["content"]
-        self.server.asked += 1
-        grade = next(grade for word, grade in GRADES.items() if word in prompt)
-        body = json.dumps({"choices": [{"message": {"content": grade}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+    return next(grade for word, grade in GRADES.items() if word in prompt)
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    server.asked = 0
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def judge() -> Iterator[ChatEndpoint]:
+    with serve_chat(grade) as judge:
+        yield judge
 
 
 @pytest.fixture(scope="module")
-def settings(judge: ThreadingHTTPServer) -> dict[str, object]:
+def settings(judge: ChatEndpoint) -> dict[str, object]:
     """Of the tasks, in training and after it."""
     return {
         "+evaluation.tasks.math": f"{{kind: mgsm, path: {FIXTURES / 'mgsm'}}}",
         "+evaluation.tasks.exam": f"{{kind: include, path: {FIXTURES / 'include'}, method: both}}",
         "+evaluation.tasks.culture": f"{{kind: care, path: {FIXTURES / 'care'}}}",
-        "evaluation.judge.url": f"http://127.0.0.1:{judge.server_port}/v1",
+        "evaluation.judge.url": judge.url,
         "evaluation.judge.model": "judge",
         "evaluation.batch_size": 3,
         "evaluation.temperature": 0.0,
@@ -149,11 +133,20 @@ def test_a_checkpoint_measures_as_the_run_did_and_as_its_export(
 def test_data_parallel_ranks_share_the_questions(
     trained: Path, of_checkpoint: Path, evaluate: Evaluations, tmp_path: Path
 ) -> None:
-    """Three questions over two ranks, of a model on one rank each."""
+    """Three questions over two ranks, of a model on one rank each; one of them is told to stop on the way."""
     out = tmp_path / "two.json"
     model = {"pretrained_checkpoint__restore_from_path": trained / "model.nemo", "evaluation__data": "null"}
-    evaluate(out, ranks=2, **model)
+    model["trainer__lrpo__stop__grace_seconds"] = 300
     expected = {key: record for key, record in answers(of_checkpoint).items() if key[0] != "test"}
+    point = partial(stop_points.in_generation, 2, signal.SIGUSR1, rank=1)
+    _, text = evaluate(out, ranks=2, expect=75, before=point, **model)
+    kept = answers(out)
+    assert {task for task, _ in kept} == {"math", "exam.logprob", "exam.generate"} and not out.exists()
+    assert f"Stopped by SIGUSR1: {len(kept)} of {len(expected)} answers are kept" in text
+    started = json.loads(out.with_name("two.starts.json").read_text(encoding="utf-8"))
+    assert started == {"step": 0, "starts": 1, "outcome": "requeue"}
+    evaluate(out, ranks=2, **model)
+    assert not out.with_name("two.starts.json").exists()
     found = answers(out)
     assert found.keys() == expected.keys()
     for key, record in found.items():
@@ -164,7 +157,7 @@ def test_data_parallel_ranks_share_the_questions(
 
 
 def test_answers_that_are_there_are_not_asked_again(
-    trained: Path, of_checkpoint: Path, evaluate: Evaluations, judge: ThreadingHTTPServer, tmp_path: Path
+    trained: Path, of_checkpoint: Path, evaluate: Evaluations, judge: ChatEndpoint, tmp_path: Path
 ) -> None:
     """As a start leaves them that was killed while it wrote a line."""
     out = tmp_path / "killed.json"
@@ -174,15 +167,20 @@ def test_answers_that_are_there_are_not_asked_again(
     out.with_suffix(".jsonl").write_bytes(b"".join([marked, *lines[1:-1], lines[-1][:40]]))
     out.with_suffix(".settings.json").write_bytes(of_checkpoint.with_suffix(".settings.json").read_bytes())
     run = {"evaluation__checkpoint": trained, "pretrained_checkpoint__restore_from_path": "null"}
-    asked = judge.asked
+    asked = len(judge.prompts)
+    # A job that gets no further is not started for ever.
+    over = {"SLURM_JOB_END_TIME": "1000000000"}
+    _, text = evaluate(out, expect=79, environment=over, trainer__lrpo__stop__no_progress_limit=1, **run)
+    assert f"Stopped by the job's time limit: {len(lines) - 1} of {len(lines)} answers are kept" in text
+    assert f"NoProgress: 1 starts in a row have not added to the {len(lines) - 1} answers" in text
     tree, _ = evaluate(out, **run)
     assert tree == json.loads(of_checkpoint.read_text(encoding="utf-8"))
     texts = Counter(record["response"] for record in answers(out).values())
     assert sum(count for text, count in texts.items() if text.startswith("KEPT ")) == 1
-    assert judge.asked == asked + 1, "only the answer of the line that was cut off is judged again"
+    assert len(judge.prompts) == asked + 1, "only the answer of the line that was cut off is judged again"
     # Now all are there.
     _, text = evaluate(out, data__languages="[de,ja]", **run)
-    assert judge.asked == asked + 1 and "answers, mean accuracy" in text
+    assert len(judge.prompts) == asked + 1 and "answers, mean accuracy" in text
     assert "data.languages was ['de', 'en', 'ja'] in the run of this checkpoint" in text
     _, text = evaluate(out, expect=1, evaluation__temperature=0.5, **run)
     assert re.search(r"ConfigError: .*killed\.jsonl holds answers that differ in evaluation\.temperature", text)
