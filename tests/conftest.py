@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from warm_start import Starter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,3 +34,11 @@ def tiny_nemo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import build_nemo
 
     return build_nemo(tmp_path_factory.mktemp("tiny") / "tiny.nemo")
+
+
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    """Starts of entry points from a process that has the stack imported."""
+    starter = Starter()
+    yield starter
+    starter.close()

@@ -74,6 +74,16 @@ def merged(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
                 weight.copy_(before)
 
 
+def split_sequences(chunks: Iterable[torch.nn.Module]) -> list[Any]:
+    """Adapters that take part in sequence parallelism as they are: what they gather or scatter is a split sequence.
+
+    `_sequence_parallel` of each may be switched; NeMo 2.2 does so with layers, and leaves their adapters as they are.
+    """
+    modules = (module for chunk in chunks for module in chunk.modules() if hasattr(module, LAYER))
+    parts = (adapter for module in modules for _, adapter in _named(getattr(module, LAYER)))
+    return [adapter for adapter in parts if adapter._sequence_parallel]
+
+
 def _named(container: torch.nn.ModuleDict) -> Iterator[tuple[str, Any]]:
     """NeMo's names are members of an enumeration, which print and hash as something else."""
     for name, adapter in container.items():

@@ -43,6 +43,8 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
     on_micro_batch: Callable[[], None] = staticmethod(lambda: None)
     """Called before each micro batch goes through the model."""
     _merged = False
+    _split_adapters: Sequence[Any] = ()
+    """Adapters out of sequence parallelism for now."""
 
     def forward_logprobs(
         self, model: torch.nn.Module, batch: Batch, width: int, inference_only: bool
@@ -135,13 +137,19 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
             self.optimizer_states.come_back()
 
     def _reset_sequence_parallelism_args(self) -> None:
-        """Passes without gradient go without sequence parallelism. NeMo 2.2 leaves it on in the embedding's output."""
+        """Passes without gradient go without sequence parallelism. NeMo 2.2 leaves it on in the embedding's output and
+        in adapters."""
         super()._reset_sequence_parallelism_args()
         self._scatter_embeddings(False)
+        self._split_adapters = adapters.split_sequences(self.get_model_module_list())
+        for adapter in self._split_adapters:
+            adapter._sequence_parallel = False
 
     def _restore_sequence_parallelism_args(self) -> None:
         super()._restore_sequence_parallelism_args()
         self._scatter_embeddings(self.cfg.sequence_parallel)
+        for adapter in self._split_adapters:
+            adapter._sequence_parallel = True
 
     def _scatter_embeddings(self, scatter: bool) -> None:
         for chunk in self.get_model_module_list():

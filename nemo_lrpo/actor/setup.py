@@ -32,9 +32,10 @@ from nemo_aligner.utils.utils import (
     load_from_nemo,
 )
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_lrpo.actor import collectives
-from nemo_lrpo.actor.adapters import describe_shards
+from nemo_lrpo.actor.adapters import LAYER, describe_shards
 from nemo_lrpo.actor.host_memory import OptimizerStates, ReferenceWeights
 from nemo_lrpo.actor.output_layer import check_output_layer
 from nemo_lrpo.actor.platform import model_overrides
@@ -91,6 +92,13 @@ def check_nemo_sections(config: TrainConfig) -> None:
         raise ConfigError(
             "rollout.backend='trt_llm' with model.peft.peft_scheme='lora': NeMo 2.2 builds and refits the engine from "
             "the base alone; accepted: rollout.backend='megatron'."
+        )
+    stages = int(config.model.get("pipeline_model_parallel_size", 1))
+    if scheme == "lora" and stages > 1 and base.get("share_embeddings_and_output_weights", True):
+        raise ConfigError(
+            f"model.pipeline_model_parallel_size={stages} with model.peft.peft_scheme='lora': the model's embedding is "
+            "its output layer, and Megatron-Core 0.11 sums a gradient over the stages that a frozen one has not; "
+            "accepted: 1."
         )
     lora = config.model.get("peft", {}).get("lora_tuning") or {}
     for key, accepted in (("variant", "nemo"), ("weight_tying", False)):
@@ -161,6 +169,8 @@ def build_policy(config: TrainConfig, *, total_updates: int, resume_from: Path |
         check_output_layer(model.model)
     init_peft(model, nemo.model)
     describe_shards(model.get_model_module_list())
+    if resume_from is not None:
+        _check_adapters(model.use_peft, resume_from)
     new_adapters = nemo.model.peft.peft_scheme != "none" and nemo.model.peft.restore_from_path is None
     if training and config.algorithm.kl_coefficient > 0 and not new_adapters:
         model.reference = ReferenceWeights(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -180,6 +190,18 @@ def build_policy(config: TrainConfig, *, total_updates: int, resume_from: Path |
         disable_data_callbacks(model, loader, rows)
         _set_up_weights(trainer, model, resume_from)
     return Policy(model, trainer, optimizer, scheduler, CustomLoggerWrapper(trainer.loggers), shards)
+
+
+def _check_adapters(wanted: bool, shards: Path) -> None:
+    """Raise ConfigError where the checkpoint has LoRA's adapters and the configuration has not, or the reverse."""
+    names = FileSystemReader(shards).read_metadata().state_dict_metadata
+    there = any(f".{LAYER}." in name for name in names)
+    if there != wanted:
+        scheme, holds = ("none", "LoRA's adapters alone") if there else ("lora", "a whole model")
+        raise ConfigError(
+            f"model.peft.peft_scheme={scheme!r}: the checkpoint {shards.parent} holds {holds}; give the model.peft of "
+            "the run that wrote it (its config.yaml has it)."
+        )
 
 
 def _set_up_weights(trainer: Trainer, model: LrpoActorModel, resume_from: Path | None) -> None:

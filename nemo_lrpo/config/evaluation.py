@@ -112,7 +112,8 @@ class EvaluationConfig(TasksConfig):
     """Metrics in all and by language; the answers go beside it as `<name>.jsonl`."""
     checkpoint: Optional[str] = None
     """A training checkpoint, `run_dir/checkpoints/step_N`, or a run_dir, whose newest is taken: its weights in place of
-    the .nemo's. Without pretrained_checkpoint.restore_from_path the .nemo is the one that the run started from."""
+    the .nemo's. Without pretrained_checkpoint.restore_from_path the .nemo is the one that the run started from.
+    model.peft is the run's; where its config.yaml is not in run_dir, give it."""
     limit: int = 0
     """Of `data`: at most so many questions, the first of the file; 0: all."""
     overwrite: bool = False

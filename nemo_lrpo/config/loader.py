@@ -80,12 +80,15 @@ def load_evaluate_config(tree: DictConfig) -> EvaluateConfig:
     config = _load(EvaluateConfig, tree)
     for name in ("prompt", "rollout", "actor", "evaluation"):
         getattr(config, name).check(name)
+    config.loop.stop.check("trainer.lrpo.stop")
     if needs_reward_server(config.evaluation.all_tasks()):
         config.reward.check("reward")
-    if config.evaluation.checkpoint and not config.pretrained_checkpoint.restore_from_path:
-        run = config_of_run(Path(config.evaluation.checkpoint))
-        if run is not None:
+    run = config_of_run(Path(config.evaluation.checkpoint)) if config.evaluation.checkpoint else None
+    if run is not None:
+        if not config.pretrained_checkpoint.restore_from_path:
             config.pretrained_checkpoint.restore_from_path = run.pretrained_checkpoint.restore_from_path
+        # Of a run with adapters a checkpoint has these alone.
+        config.model["peft"] = OmegaConf.to_container(run.model.peft)
     _check_base_model(config)
     _check_trainer(config)
     return config

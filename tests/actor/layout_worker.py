@@ -1,14 +1,16 @@
 """One process of a parallel layout: rollouts, log-probs and gradients of the actor, for tests to compare.
 
-    python layout_worker.py NEMO OUT TP PP MICRO_BATCH_SIZES [model's KEY=VALUE ...]    (under torchrun for several)
+    layout_worker NEMO OUT TP PP MICRO_BATCH_SIZES [model's KEY=VALUE ...]
 
-Writes OUT/rollouts.safetensors and, for each micro batch size m, OUT/gradients_m: a distributed checkpoint of the
-gradients, so that Megatron itself puts the shards of any layout together. Logits are made for CHUNK tokens at a time;
-OUT/gradients_plain and `plain` in OUT/logprobs.safetensors come from those of a whole micro batch, two sequences each,
-`packed` from sequences one after the other in the place of two.
-With adapters only OUT/metrics.json is written, by `adapters`, with OUT/adapted: shards of a checkpoint, the exported
-model and the policy's log-probs. Where these are there, the process goes on from the shards and writes
-OUT/resumed.safetensors, its log-probs.
+Writes OUT/rollouts.safetensors and, for each micro batch size m, OUT/gradients_m.safetensors: the gradients, from a
+distributed checkpoint, so that Megatron itself puts the shards of any layout together. Logits are made for CHUNK tokens
+at a time; OUT/gradients_plain and `plain` in OUT/logprobs.safetensors come from those of a whole micro batch, two
+sequences each, `packed` from sequences one after the other in the place of two.
+
+With adapters a name is in the place of MICRO_BATCH_SIZES. TRAINED makes an update of them and writes OUT/metrics.json
+and in OUT/TRAINED the shards of a checkpoint and the exported model. Other names go on from these shards, EVALUATED as
+an evaluation does, with weights alone. All write OUT/NAME/results.safetensors, their log-probs and greedy answers, and
+those that train OUT/NAME/gradients.safetensors.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -57,6 +60,7 @@ SEQUENCES = 8
 WIDTH = 21
 """Tokens of the longest sequence and one of padding: a multiple of no number of ranks."""
 CHUNK = 7
+TRAINED, EVALUATED = "trained", "evaluated"
 REFUSED = (
     "model.peft.lora_tuning.variant=canonical",
     "model.peft.lora_tuning.weight_tying=true",
@@ -127,18 +131,22 @@ def whole_gradients(model: torch.nn.Module) -> None:
 
 
 def save_gradients(model: torch.nn.Module, directory: Path) -> None:
-    """Write the gradients in the layout of the parameters."""
+    """Write the gradients in the layout of the parameters, to `directory`.safetensors."""
     whole_gradients(model)
-    gradients = {parameter.data_ptr(): parameter.main_grad for parameter in model.parameters()}
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    gradients = {parameter.data_ptr(): parameter.main_grad for parameter in trained}
     sharded = {}
     for name, entry in model.sharded_state_dict().items():
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data.data_ptr() in gradients:
             entry.data = gradients[entry.data.data_ptr()].view(entry.data.shape)
             sharded[name] = entry
     if torch.distributed.get_rank() == 0:
-        directory.mkdir()
+        directory.mkdir(parents=True)
     torch.distributed.barrier()
     dist_checkpointing.save(sharded, str(directory))
+    whole = dist_checkpointing.load_plain_tensors(str(directory))
+    if torch.distributed.get_rank() == 0:
+        save_file({name: tensor.contiguous() for name, tensor in whole.items()}, directory.with_suffix(".safetensors"))
 
 
 def logits_watch(model: torch.nn.Module) -> Widest:
@@ -234,47 +242,82 @@ def moved_states(actor: MegatronActor, policy: Policy, batch: TrainingBatch, out
     return facts
 
 
+def with_adapters(config: TrainConfig, name: str, out: Path) -> None:
+    """LoRA in this layout, see above."""
+    shards = out / TRAINED / "shards"
+    resume_from = None if name == TRAINED else shards
+    policy = build_policy(config, total_updates=1, resume_from=resume_from, training=name != EVALUATED)
+    actor = MegatronActor(policy, config)
+    batch = make_batch(policy.model.tokenizer.vocab_size)
+    if name == TRAINED:
+        facts = adapters(actor, policy, batch, shards.parent) | refusals(config, shards)
+        if actor.is_main:
+            (out / "metrics.json").write_text(json.dumps(facts))
+    if name != EVALUATED:
+        actor.reference_logprobs(batch)
+        policy.model.prepare_for_training()
+        actor.accumulate(adapters_share(actor, batch), response_mask(batch))
+        save_gradients(policy.model, out / name / "gradients")
+    prompts = make_prompts()
+    found = {
+        "tokens": batch.tokens,
+        "logprobs": policy_logprobs(actor, batch).contiguous(),
+        "answers": actor.generate(prompts, range(len(prompts)), lambda _: None, temperature=0.0).tokens.contiguous(),
+    }
+    if actor.is_main:
+        (out / name).mkdir(exist_ok=True)
+        save_file(found, out / name / "results.safetensors")
+
+
+def policy_logprobs(actor: MegatronActor, batch: TrainingBatch) -> torch.Tensor:
+    """As between two steps: passes without gradient go without sequence parallelism."""
+    actor._model.prepare_for_inference()
+    logprobs = actor._logprobs(batch.tokens)
+    actor._model.finish_inference()
+    return logprobs
+
+
+def adapters_share(actor: MegatronActor, batch: TrainingBatch) -> dict[str, torch.Tensor]:
+    """What an update reads; the old policy is the reference."""
+    share = {"tokens": batch.tokens, "mask": response_mask(batch), "advantages": batch.advantages}
+    return share | {"ref_logprobs": actor._reference, "old_logprobs": actor._reference}
+
+
 def adapters(actor: MegatronActor, policy: Policy, batch: TrainingBatch, out: Path) -> dict[str, bool]:
     """One update of LoRA's adapters, and another's gradients with chunks and whole logits."""
     model = policy.model
     base = {name: value.detach().clone() for name, value in named(model) if not value.requires_grad}
-    initial = actor._logprobs(batch.tokens)
+    initial = policy_logprobs(actor, batch)
     actor.reference_logprobs(batch)
     actor.update(batch)
-    after = actor._logprobs(batch.tokens)
+    after = policy_logprobs(actor, batch)
     actor.reference_logprobs(batch)
-    share = {"tokens": batch.tokens, "mask": response_mask(batch), "advantages": batch.advantages}
-    share |= {"ref_logprobs": actor._reference, "old_logprobs": actor._reference}
 
     def refused(change: str) -> bool:
         tree = OmegaConf.merge({"model": actor._config.model}, OmegaConf.from_dotlist([change]))
         config = dataclasses.replace(actor._config, model=OmegaConf.to_container(tree.model))
         if "rollout" in tree:
             config.rollout = dataclasses.replace(config.rollout, **tree.rollout)
-        try:
-            check_nemo_sections(config)
-        except ConfigError as error:
-            return change.split("=")[0] in str(error)
-        return False
+        return change.split("=")[0] in refusal(lambda: check_nemo_sections(config))
 
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     planned = adapter_parameters(from_nemo(model.cfg, 1), tensor, ADAPTED, model.cfg.peft.lora_tuning.adapter_dim)
-    saved = save_adapted(actor, out / "adapted", batch)
-    restored = torch.equal(actor._logprobs(batch.tokens), after)
+    saved = save_adapted(actor, out)
+    restored = torch.equal(policy_logprobs(actor, batch), after)
     gradients = []
     model.prepare_for_training()
-    for chunk in (CHUNK, 0):
+    for chunk in (0, CHUNK):
         model.logits_chunk = chunk
-        actor.accumulate(dict(share), response_mask(batch))
+        actor.accumulate(adapters_share(actor, batch), response_mask(batch))
         gradients.append([value.main_grad.clone() for _, value in named(model) if value.requires_grad])
     return {
         "no copy of the model": model.reference is None,
         "reference is the initial policy": torch.equal(actor._reference, initial),
-        "policy has moved": not torch.equal(actor._logprobs(batch.tokens), initial),
+        "policy has moved": not torch.equal(after, initial),
         "base has not": all(torch.equal(value, base[name]) for name, value in named(model) if name in base),
         "gradients are those of whole logits": all(
             float((ours - plain).norm()) <= 1e-5 * float(plain.norm()) and bool(plain.any())
-            for ours, plain in zip(*gradients, strict=True)
+            for plain, ours in zip(*gradients, strict=True)
         ),
         "what cannot be merged or generated is refused": all(map(refused, REFUSED)),
         "the planner counts the adapters": sum(value.numel() for _, value in named(model) if value.requires_grad)
@@ -284,20 +327,41 @@ def adapters(actor: MegatronActor, policy: Policy, batch: TrainingBatch, out: Pa
     }
 
 
-def refusals(config: TrainConfig) -> dict[str, bool]:
-    """Configurations that the model's archive rules out."""
+def refusals(config: TrainConfig, shards: Path) -> dict[str, bool]:
+    """Configurations that the model's archive, or the checkpoint, rules out."""
     base = setup.load_checkpoint_model_config(config.pretrained_checkpoint.restore_from_path)
+    gemma, tied = {**base, "name": "megatron_gemma2"}, {**base, "share_embeddings_and_output_weights": True}
     packing = dataclasses.replace(config, actor=ActorConfig(sequence_packing=True))
     tuned = dataclasses.replace(config, model={**config.model, "peft": {"peft_scheme": "ia3"}})
-    facts = {}
-    for key, changed in (("actor.sequence_packing", packing), ("model.peft.peft_scheme='ia3'", tuned)):
-        with mock.patch.object(setup, "load_checkpoint_model_config", lambda path: {**base, "name": "megatron_gemma2"}):
-            try:
-                check_nemo_sections(changed)
-                facts[f"{key} is refused"] = False
-            except ConfigError as error:
-                facts[f"{key} is refused"] = key in str(error) and "accepted: " in str(error)
+    staged = dataclasses.replace(config, model={**config.model, "pipeline_model_parallel_size": 2})
+
+    def of_archive(archive: dict[str, object], changed: TrainConfig) -> str:
+        with mock.patch.object(setup, "load_checkpoint_model_config", lambda path: archive):
+            return refusal(lambda: check_nemo_sections(changed))
+
+    said = {
+        "actor.sequence_packing": of_archive(gemma, packing),
+        "model.peft.peft_scheme='ia3'": of_archive(gemma, tuned),
+        "model.pipeline_model_parallel_size=2": of_archive(tied, staged),
+    }
+    facts = {f"{key} is refused": key in text and "accepted: " in text for key, text in said.items()}
+    without = refusal(lambda: setup._check_adapters(False, shards))
+    facts["a checkpoint of adapters is refused without them"] = (
+        "peft_scheme='none'" in without and str(shards.parent) in without
+    )
+    facts["nothing else is refused"] = not refusal(lambda: setup._check_adapters(True, shards)) and not of_archive(
+        base, staged
+    )
     return facts
+
+
+def refusal(work: Callable[[], object]) -> str:
+    """What a ConfigError says, or nothing."""
+    try:
+        work()
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def ranks_without_tokens() -> bool:
@@ -318,16 +382,13 @@ def ranks_without_tokens() -> bool:
     )
 
 
-def save_adapted(actor: MegatronActor, out: Path, batch: TrainingBatch) -> int:
-    """A checkpoint, log-probs and an export; returns the bytes of the model in the checkpoint."""
+def save_adapted(actor: MegatronActor, out: Path) -> int:
+    """A checkpoint and an export; returns the bytes of the model in the checkpoint."""
     if actor.is_main:
         (out / "shards").mkdir(parents=True)
     actor.barrier()
-    logprobs = actor._logprobs(batch.tokens)
     actor.save_shards(out / "shards")
     actor.export(out / "model.nemo", {})
-    if actor.is_main:
-        save_file({"tokens": batch.tokens, "logprobs": logprobs.contiguous()}, out / "logprobs.safetensors")
     read = torch.distributed.checkpoint.FileSystemReader(out / "shards").read_metadata().state_dict_metadata
     return sum(
         entry.size.numel() * 4
@@ -345,18 +406,12 @@ def main() -> None:
     out_dir = Path(out)
     config = make_config(nemo, out_dir, int(tensor), int(pipeline), changes)
     check_nemo_sections(config)
-    shards = out_dir / "adapted" / "shards"
-    policy = build_policy(config, total_updates=1, resume_from=shards if shards.exists() else None)
+    if config.model["peft"]["peft_scheme"] != "none":
+        with_adapters(config, sizes, out_dir)
+        return
+    policy = build_policy(config, total_updates=1, resume_from=None)
     actor, model = MegatronActor(policy, config), policy.model
     batch = make_batch(model.tokenizer.vocab_size)
-    if model.use_peft and shards.exists():
-        save_file({"logprobs": actor._logprobs(batch.tokens).contiguous()}, out_dir / "resumed.safetensors")
-        return
-    if model.use_peft:
-        facts = adapters(actor, policy, batch, out_dir) | refusals(config)
-        if actor.is_main:
-            (out_dir / "metrics.json").write_text(json.dumps(facts))
-        return
     finished = []
     prompts = make_prompts()
     seeds = [derive_seed("test", prompt.sample_id) for prompt in prompts]

@@ -3,51 +3,45 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, run
 from safetensors.torch import load_file
+from warm_start import Starter
 
-WORKER = str(Path(__file__).with_name("layout_worker.py"))
 LAYOUTS = {"tensor": (2, 2, 1), "sequence": (2, 2, 1), "pipeline": (2, 1, 2), "data": (2, 1, 1)}
+"""Ranks, tensor and pipeline parallel size."""
 CHANGES = {"sequence": ["sequence_parallel=true"]}
-READ_GRADIENTS = """
-import sys, torch
-from nemo_lrpo.actor.platform import ensure_platform
-ensure_platform()
-from megatron.core import dist_checkpointing
-torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-from safetensors.torch import save_file
-for directory in sys.argv[1:]:
-    plain = dist_checkpointing.load_plain_tensors(directory)
-    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, directory + ".safetensors")
-"""
-
-
 LORA = ("peft.peft_scheme=lora", "peft.lora_tuning.target_modules=[all]", "optim.lr=0.01")
-
-
-def start(arguments: list[str], ranks: int) -> None:
-    run(
-        [WORKER, *arguments], ranks=ranks, environment={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    )
+ADAPTED = {"trained": "sequence", "tensor": "tensor", "pipeline": "pipeline", "evaluated": "single"}
+"""Starts with adapters, in order, and their layouts."""
 
 
 @pytest.fixture(scope="module")
-def results(tiny_nemo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One directory per layout, with plain tensors of the gradients."""
+def start(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Run layout_worker.py in one of LAYOUTS, or on a single rank."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def start(nemo: Path, out: Path, layout: str, sizes: str, *changes: str) -> None:
+        ranks, tensor, pipeline = LAYOUTS.get(layout, (1, 1, 1))
+        arguments = [str(nemo), str(out), str(tensor), str(pipeline), sizes, *CHANGES.get(layout, []), *changes]
+        log = logs / f"{len(list(logs.iterdir()))}.log"
+        log.touch()
+        started = starter(arguments, log, ranks=ranks, entry="actor.layout_worker")
+        assert started.wait() == [0] * ranks, started.text
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def results(start: Callable[..., None], tiny_nemo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory per layout."""
     root = tmp_path_factory.mktemp("layouts")
-    for name, (ranks, tensor, pipeline), sizes in [
-        ("single", (1, 1, 1), "1,2,3,8"),
-        *((name, layout, "2") for name, layout in LAYOUTS.items()),
-    ]:
+    for name in ("single", *LAYOUTS):
         (root / name).mkdir()
-        changes = CHANGES.get(name, [])
-        start([str(tiny_nemo), str(root / name), str(tensor), str(pipeline), sizes, *changes], ranks)
-    run(["-c", READ_GRADIENTS, *map(str, sorted(root.glob("*/gradients_*")))])
+        start(tiny_nemo, root / name, name, "1,2,3,8" if name == "single" else "2")
     return root
 
 
@@ -183,11 +177,11 @@ def test_reference_and_optimizer_wait_on_the_host(results: Path, fact: str) -> N
 
 
 @pytest.fixture(scope="module")
-def adapted(tiny_nemo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LoRA on two tensor-parallel ranks, and going on from its checkpoint on one."""
+def adapted(start: Callable[..., None], tiny_nemo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA, trained with tensor and sequence parallelism; its checkpoint then goes on in other layouts."""
     out = tmp_path_factory.mktemp("lora")
-    for ranks in (2, 1):
-        start([str(tiny_nemo), str(out), str(ranks), "1", "2", *LORA], ranks)
+    for name, layout in ADAPTED.items():
+        start(tiny_nemo, out, layout, name, *LORA)
     return out
 
 
@@ -196,13 +190,25 @@ def test_adapters_that_are_off_are_the_reference(adapted: Path) -> None:
     """LoRA: the base is trained not at all and copied nowhere; its frozen output layer takes part in chunks as well."""
     facts = json.loads((adapted / "metrics.json").read_text())
     assert [fact for fact, holds in facts.items() if not holds] == []
-    assert len(facts) == 11
+    assert len(facts) == 14
 
 
 @pytest.mark.slow
-def test_adapters_go_on_from_a_checkpoint_of_another_layout(adapted: Path) -> None:
-    expected = load_file(adapted / "adapted" / "logprobs.safetensors")["logprobs"]
-    torch.testing.assert_close(load_file(adapted / "resumed.safetensors")["logprobs"], expected, rtol=0, atol=2e-5)
+@pytest.mark.parametrize("name", [name for name in ADAPTED if name != "trained"])
+def test_adapters_go_on_from_a_checkpoint_of_another_layout(adapted: Path, name: str) -> None:
+    """`evaluated`: as nemo_lrpo.evaluate has a checkpoint, without an optimizer."""
+    expected = load_file(adapted / "trained" / "results.safetensors")
+    found = load_file(adapted / name / "results.safetensors")
+    torch.testing.assert_close(found["logprobs"], expected["logprobs"], rtol=0, atol=2e-5)
+    assert torch.equal(found["answers"], expected["answers"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tensor", "pipeline"])
+def test_gradients_of_adapters_do_not_depend_on_the_layout(adapted: Path, name: str) -> None:
+    expected = gradients(adapted / "trained" / "gradients.safetensors")
+    assert len(expected) == 8 and all(tensor.norm() > 0 for tensor in expected.values())
+    assert_same_gradients(gradients(adapted / name / "gradients.safetensors"), expected)
 
 
 @pytest.mark.slow
@@ -212,8 +218,8 @@ def test_an_export_has_the_adapters_in_its_weights(adapted: Path, tmp_path: Path
 
     from tools.nemo_to_hf import convert
 
-    convert(adapted / "adapted" / "model.nemo", tmp_path / "hf")
-    found = load_file(adapted / "adapted" / "logprobs.safetensors")
+    convert(adapted / "trained" / "model.nemo", tmp_path / "hf")
+    found = load_file(adapted / "trained" / "results.safetensors")
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(found["tokens"]).logits[:, :-1]
     expected = (logits / 0.7).log_softmax(-1).gather(2, found["tokens"][:, 1:, None]).squeeze(2)

@@ -171,6 +171,22 @@ def test_the_configuration_that_a_run_leaves_is_the_one_it_had(paths: dict[str, 
     assert load_train_config(OmegaConf.load(tmp_path / "run" / "config.yaml")) == config
 
 
+def test_a_checkpoint_is_measured_with_the_base_and_the_adapters_of_its_run(
+    paths: dict[str, str], tmp_path: Path
+) -> None:
+    lora = {"model.peft.peft_scheme": "lora", "model.peft.lora_tuning.adapter_dim": "5"}
+    tree = compose("train", overrides(paths, **lora))
+    save_run_config(tree, paths["run_dir"])
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    asked = [f"evaluation.out={tmp_path / 'out.json'}", f"evaluation.data={tmp_path / 'test.parquet'}"]
+    asked += [f"evaluation.checkpoint={checkpoint}", f"reward.endpoint_file={paths['reward.endpoint_file']}"]
+    config = load_evaluate_config(compose("evaluate", asked))
+    assert config.pretrained_checkpoint.restore_from_path == paths["pretrained_checkpoint.restore_from_path"]
+    assert config.model["peft"] == OmegaConf.to_container(tree.model.peft)
+    assert config.model["peft"]["lora_tuning"]["adapter_dim"] == 5
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

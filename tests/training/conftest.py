@@ -48,12 +48,5 @@ def hash_rewards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pat
 
 
 @pytest.fixture(scope="session")
-def starter() -> Iterator[Starter]:
-    starter = Starter()
-    yield starter
-    starter.close()
-
-
-@pytest.fixture(scope="session")
 def runs(starter: Starter, tiny_nemo: Path, data: Path, hash_rewards: tuple[Path, int]) -> Runs:
     return Runs(starter, settings_for(tiny_nemo, data, hash_rewards[0]))
