@@ -82,7 +82,8 @@ def check_node(config: TrainConfig | None, findings: Findings, options: argparse
         if prediction.host is not None:
             check_host_memory(findings, ranks * prediction.host)
         if first:
-            run_dir, kept = Path(config.run_dir), config.loop.keep_checkpoints
+            loop, run_dir = config.loop, Path(config.run_dir)
+            kept = loop.keep_checkpoints and loop.keep_checkpoints + loop.checkpoint.keep_best
             check_disk(findings, run_dir, prediction.checkpoint, kept, prediction.export)
         export = prediction.export if first and config.loop.export_nemo else 0
         check_temporary(findings, Path(str(config.pretrained_checkpoint.restore_from_path)), ranks, export)

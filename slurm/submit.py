@@ -30,6 +30,7 @@ TRAIN_PATHS = {
     "data.train": "parquet or JSONL",
     "data.validation": "parquet or JSONL, or null",
     "evaluation.data": "parquet or JSONL",
+    "evaluation.checkpoint": "a run_dir, or a checkpoint in one",
     "prompt.chat_template": "a Jinja file, or null",
     "reward.endpoint_file": "of a reward server that is up already, or leave it out",
     "reward.token_file": "or leave it out",
@@ -58,7 +59,8 @@ class Submission:
         """Collect all problems, each with its key and a remedy."""
         train, reward = _values(self.train), _values(self.reward)
         named_config = any(override.startswith("--config-name=") for override in self.train)
-        own_server = not {"reward.endpoint", "reward.endpoint_file"} & {k for k, v in train.items() if v != "null"}
+        given = {"reward.endpoint", "reward.endpoint_file"} & {k for k, v in train.items() if v != "null"}
+        own_server = not given and not self.options.no_reward
         if "run_dir" not in train:
             self.problems.append("run_dir is not set: a directory for logs and checkpoints that all nodes share")
         else:
@@ -71,7 +73,8 @@ class Submission:
             self._check_paths(reward, REWARD_PATHS, "--reward ")
             self._check_reward(reward)
         elif self.reward or self.options.reward_node:
-            self.problems.append("--reward and --reward-node do not go with reward.endpoint or reward.endpoint_file")
+            other = "reward.endpoint or reward.endpoint_file" if given else "--no-reward"
+            self.problems.append(f"--reward and --reward-node do not go with {other}")
         self._check_container()
         if not self.options.dry_run and shutil.which("sbatch") is None:
             self.problems.append("no sbatch on this machine: run this on the cluster's login node, or with --dry-run")
@@ -134,7 +137,8 @@ class Submission:
         parser.add_argument("--config-name", default="train")
         known, overrides = parser.parse_known_args(self.train)
         server = "reward.endpoint_file=reward.json"
-        mine = [] if any(override.startswith("reward.endpoint") for override in overrides) else [server]
+        elsewhere = self.options.no_reward or any(override.startswith("reward.endpoint") for override in overrides)
+        mine = [] if elsewhere else [server]
         try:
             tree = compose(known.config_name, [*mine, *overrides])
             evaluates = "out" in (tree.get("evaluation") or {}).keys()
@@ -181,7 +185,7 @@ class Submission:
             settings = {"LRPO_HOME": options.home or HOME_IN_CONTAINER, "CONTAINER_IMAGE": options.container_image}
             if options.container_mounts:
                 settings["CONTAINER_MOUNTS"] = options.container_mounts
-        return settings
+        return {**settings, "LRPO_REWARD": "0"} if options.no_reward else settings
 
     def command(self) -> list[str]:
         """The sbatch command."""
@@ -256,6 +260,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--sbatch", action="append", default=[], metavar="OPTION", help="further option of sbatch; may be repeated")
     add("--reward", action="append", default=[], metavar="KEY=VALUE", help="override of the reward server's; repeat it")
     add("--reward-node", action="store_true", help="a node of its own for the reward server (heterogeneous job)")
+    add("--no-reward", action="store_true", help="no reward server: an evaluation whose tasks are scored without one")
     add("--reward-partition", metavar="P", help="default: --partition")
     add("--reward-gpus", type=int, default=1, metavar="N", help="GPUs on that node; default 1")
     add("--container-image", metavar="IMAGE", help="for pyxis: a .sqsh file or a registry's image; default: none")

@@ -150,7 +150,7 @@ def check_disk(
     needed = (kept + 1) * checkpoint + export if kept else 2 * checkpoint + export
     text = f"{size(room)} free; {kept or 1} checkpoints, one being written and the .nemo: {size(needed)}"
     if room < needed:
-        remedy = "Another run_dir, or a smaller trainer.lrpo.keep_checkpoints."
+        remedy = "Another run_dir, or a smaller trainer.lrpo.keep_checkpoints (or .checkpoint.keep_best)."
         findings.add("disk", FAIL, text, remedy)
     elif not kept:
         fit = int((room - export) // checkpoint)

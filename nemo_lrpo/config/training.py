@@ -57,8 +57,8 @@ class CheckpointConfig:
     best_mode: str = "max"
     """max or min: which values of the metric are best."""
     on_damage: str = "stop"
-    """A completed checkpoint is found damaged: stop with its name, or go on from the next older one with a warning. Then
-    the damaged one becomes NAME.passed_over, which is removed when the run saves that step, or a later one."""
+    """A completed checkpoint is found damaged: stop with its name, or go on from the next older one with a warning. The
+    damaged one then becomes NAME.passed_over, and is removed when the run saves that step, or a later one."""
     async_save: bool = False
     """Write the shards of periodic checkpoints in the background while the next steps run; the last one is waited for.
     Takes the memory of a second copy of model and optimizer on the host."""
@@ -215,7 +215,9 @@ class RolloutConfig:
     (running means by language and topic, saved with the run), the longest go first, each to the rank that has least to
     do; plan: every rank has every so-many-th answer, in batches of like prompts. Tokens do not depend on it."""
     keep_groups: bool = False
-    """With spread=length: the answers of one question share a batch where they fit, for engines that share prefixes."""
+    """With spread=length: the answers of one question share a batch where they fit, for engines that share prefixes.
+    Neither of the two does today: TensorRT-LLM can in its C++ runner alone, and takes new weights in its Python one
+    alone (nemo_lrpo/actor/trt_llm_facts.json, no_prefix_sharing)."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     trt_llm: TensorRTConfig = field(default_factory=TensorRTConfig)
 

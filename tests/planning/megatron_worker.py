@@ -1,12 +1,14 @@
 """Build Megatron-Core's own models without memory and print what they hold: megatron_worker.py < CASES > FACTS (JSON).
 
 A case: {"model": name in CATALOGUE, "layers": of the rank or null for all, "tensor", "pipeline", "sequence_parallel",
-"stage": "first" | "last" | "only", "recompute": null | "full" | "selective", "micro_batch", "length", "state": bool}.
+"stage": "first" | "last" | "only", "recompute": null | "full" | "selective", "micro_batch", "length", "state": bool,
+"lora": width of NeMo's adapters on all matrices of the frozen model, 0 for none}.
 The answers, in the same order: {"parameters": int}; where length is not 0 also "held", bytes that the forward pass
 leaves besides the parameters and its output, and "logits" and "logprobs", most bytes there are while the output's
 log-probs are computed, with their gradient and without; "chunked_logits" and "chunked_logprobs", the same for chunks of
-CHUNK tokens; "sampling", those while ANSWERS tokens are drawn. A case with state is made small and answered by
-{"weights", "gradients", "optimizer"}, bytes in the buffers of Megatron-Core's data parallelism over all WORLD ranks.
+CHUNK tokens; "sampling", those while ANSWERS tokens are drawn; of a first stage only "passing", most bytes there are in
+a pass without gradient. A case with state is made small and answered by {"weights", "gradients", "optimizer"}, bytes in
+the buffers of Megatron-Core's data parallelism over all WORLD ranks, and "written", what a checkpoint takes from a rank.
 
 Tensors have shapes and no data, and the process group answers nothing, so that a rank of a 70B model is built in a
 second. Transformer Engine's two kernels, which are not here, are stood in for by functions that keep what they keep:
@@ -31,6 +33,8 @@ ensure_platform()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
@@ -39,7 +43,10 @@ from megatron.core.transformer import dot_product_attention  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.utils import get_default_causal_mask, openai_gelu  # noqa: E402
+from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import swap_mcore_mixin  # noqa: E402
+from nemo.collections.nlp.parts.peft_config import LoraPEFTConfig  # noqa: E402
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -161,6 +168,30 @@ def config(shape: ModelShape, case: dict[str, Any]) -> TransformerConfig:
     return made
 
 
+def add_adapters(model: GPTModel, shape: ModelShape, width: int) -> None:
+    """NeMo's own, as its init_peft adds them."""
+    tuning = {"target_modules": ["all"], "adapter_dim": width, "adapter_dropout": 0.0, "weight_tying": False}
+    section = OmegaConf.create(
+        {
+            "hidden_size": shape.hidden,
+            "ffn_hidden_size": shape.ffn,
+            "num_attention_heads": shape.heads,
+            "num_query_groups": shape.groups,
+            "kv_channels": shape.head_dim,
+            "activation": "fast-swiglu",
+            "peft": {"lora_tuning": tuning},
+        }
+    )
+    model.requires_grad_(False)
+    settings = LoraPEFTConfig(section)
+    for layer in model.decoder.layers:
+        for name, adapter in settings.get_config_dict().items():
+            for place, mixin in settings.name_key_to_mcore_mixins[name]:
+                module = getattr(layer, place)
+                swap_mcore_mixin(module, mixin)
+                module.add_adapter(name=name, cfg=adapter, base_model_cfg=section, model_parallel_config=model.config)
+
+
 def build(shape: ModelShape, case: dict[str, Any]) -> GPTModel:
     made = config(shape, case)
     if shape.gemma2:
@@ -199,6 +230,11 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(shape, case)
         facts = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+        if case["lora"]:
+            add_adapters(model, shape, case["lora"])
+            return facts | {"held": held(model, shape, case)}
+        if case["stage"] == "first" and case["length"]:
+            return facts | {"passing": passing(model, case)}
         if case["length"]:
             facts |= {
                 "held": held(model, shape, case),
@@ -223,6 +259,13 @@ def held(model: GPTModel, shape: ModelShape, case: dict[str, Any]) -> int:
             tokens = None
         output = model(tokens, None, None)
         return live.bytes - output.untyped_storage().nbytes()
+
+
+def passing(model: GPTModel, case: dict[str, Any]) -> int:
+    tokens = torch.zeros(case["micro_batch"], case["length"], dtype=torch.long)
+    with Live(model) as live, torch.no_grad():
+        model(tokens, None, None)
+        return live.peak
 
 
 def logits(shape: ModelShape, case: dict[str, Any], gradient: bool) -> int:
@@ -277,7 +320,12 @@ def state(shape: ModelShape, case: dict[str, Any]) -> dict[str, int]:
     optimizer = get_megatron_optimizer(options, [parallel])
     optimizer.step()
     kept = optimizer.optimizer.state
+    shards = model.sharded_state_dict()
+    written = [*nested_values(shards), *nested_values(optimizer.sharded_state_dict(shards))]
     return {
+        "written": sum(
+            shard.data.nbytes for shard in written if isinstance(shard, ShardedTensor | ShardedTensorFactory)
+        ),
         "weights": sum(buffer.param_data.nbytes for buffer in parallel.buffers),
         "gradients": sum(buffer.grad_data.nbytes for buffer in parallel.buffers),
         "optimizer": sum(

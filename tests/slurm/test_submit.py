@@ -155,6 +155,15 @@ def test_an_evaluation_is_submitted_like_a_training(files: dict[str, str], tmp_p
     assert (done.returncode, done.stderr) == (0, "")
     done = submit("--dry-run", *rewards, "--", *train, "evaluation.data=/gone", "evaluation.out=e.json", bare=False)
     assert done.returncode == 2 and "evaluation.data=/gone: no such file" in done.stderr
+    # What is scored in the job itself needs no server.
+    task = f"+evaluation.tasks.math={{kind: mgsm, path: {tmp_path}}}"
+    alone = submit("--dry-run", "--no-reward", "--", *train, task, "evaluation.out=e.json", bare=False)
+    assert (alone.returncode, alone.stderr) == (0, "") and "LRPO_REWARD=0" in alone.stdout
+    assert list(steps(alone.stdout)) == ["preflight", "train"]
+    assert not any(word.startswith("reward.") for word in steps(alone.stdout)["train"])
+    done = submit("--dry-run", "--no-reward", *rewards, "--", *train, task, "evaluation.checkpoint=/gone")
+    for words in ("do not go with --no-reward", "evaluation.checkpoint=/gone: no such file"):
+        assert done.returncode == 2 and words in done.stderr
 
 
 def test_keys_are_checked_where_hydra_is_at_hand(files: dict[str, str], tmp_path: Path) -> None:
