@@ -74,14 +74,31 @@ def merged(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
                 weight.copy_(before)
 
 
-def split_sequences(chunks: Iterable[torch.nn.Module]) -> list[Any]:
-    """Adapters that take part in sequence parallelism as they are: what they gather or scatter is a split sequence.
+def leave_sequence_parallelism(chunks: Iterable[torch.nn.Module]) -> list[Any]:
+    """After NeMo has taken a model's `chunks` out of sequence parallelism: their adapters too; those that were in it.
 
-    `_sequence_parallel` of each may be switched; NeMo 2.2 does so with layers, and leaves their adapters as they are.
+    An adapter gathers its input or scatters its output where sequences are split (`_sequence_parallel`), which NeMo 2.2
+    leaves as it is.
     """
-    modules = (module for chunk in chunks for module in chunk.modules() if hasattr(module, LAYER))
-    parts = (adapter for module in modules for _, adapter in _named(getattr(module, LAYER)))
-    return [adapter for adapter in parts if adapter._sequence_parallel]
+    split = [adapter for adapter in _adapters(chunks) if adapter._sequence_parallel]
+    for adapter in split:
+        adapter._sequence_parallel = False
+    return split
+
+
+def resume_sequence_parallelism(chunks: Iterable[torch.nn.Module], split: Iterable[Any]) -> None:
+    """After NeMo has put `chunks` back: `split` too. An adapter's own matrices see whole sequences, whatever the model
+    does, and must not take part; NeMo 2.2 puts every layer back that could."""
+    for adapter in split:
+        adapter._sequence_parallel = True
+    for adapter in _adapters(chunks):
+        adapter.linear_in.sequence_parallel = adapter.linear_out.sequence_parallel = False
+
+
+def _adapters(chunks: Iterable[torch.nn.Module]) -> Iterator[Any]:
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        for _, adapter in _named(getattr(module, LAYER, torch.nn.ModuleDict())):
+            yield adapter
 
 
 def _named(container: torch.nn.ModuleDict) -> Iterator[tuple[str, Any]]:

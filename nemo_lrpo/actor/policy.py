@@ -44,7 +44,7 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
     """Called before each micro batch goes through the model."""
     _merged = False
     _split_adapters: Sequence[Any] = ()
-    """Adapters out of sequence parallelism for now."""
+    """Adapters that are out of sequence parallelism for now."""
 
     def forward_logprobs(
         self, model: torch.nn.Module, batch: Batch, width: int, inference_only: bool
@@ -141,15 +141,12 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
         in adapters."""
         super()._reset_sequence_parallelism_args()
         self._scatter_embeddings(False)
-        self._split_adapters = adapters.split_sequences(self.get_model_module_list())
-        for adapter in self._split_adapters:
-            adapter._sequence_parallel = False
+        self._split_adapters = adapters.leave_sequence_parallelism(self.get_model_module_list())
 
     def _restore_sequence_parallelism_args(self) -> None:
         super()._restore_sequence_parallelism_args()
         self._scatter_embeddings(self.cfg.sequence_parallel)
-        for adapter in self._split_adapters:
-            adapter._sequence_parallel = True
+        adapters.resume_sequence_parallelism(self.get_model_module_list(), self._split_adapters)
 
     def _scatter_embeddings(self, scatter: bool) -> None:
         for chunk in self.get_model_module_list():

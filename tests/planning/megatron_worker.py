@@ -8,7 +8,7 @@ leaves besides the parameters and its output, and "logits" and "logprobs", most 
 log-probs are computed, with their gradient and without; "chunked_logits" and "chunked_logprobs", the same for chunks of
 CHUNK tokens; "sampling", those while ANSWERS tokens are drawn; of a first stage only "passing", most bytes there are in
 a pass without gradient. A case with state is made small and answered by {"weights", "gradients", "optimizer"}, bytes in
-the buffers of Megatron-Core's data parallelism over all WORLD ranks, and "written", what a checkpoint takes from a rank.
+the buffers of Megatron-Core's data parallelism over all WORLD ranks; "written": what a checkpoint takes of one.
 
 Tensors have shapes and no data, and the process group answers nothing, so that a rank of a 70B model is built in a
 second. Transformer Engine's two kernels, which are not here, are stood in for by functions that keep what they keep:
