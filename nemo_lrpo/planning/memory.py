@@ -12,7 +12,7 @@ those of a full update and the adapters' narrow ones, which is an upper bound: w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from nemo_lrpo.planning.parameters import adapter_parameters, padded_vocabulary, rank_parameters
 from nemo_lrpo.planning.shapes import ModelShape
@@ -113,7 +113,7 @@ class Memory:
     sampling: int
     """Megatron's generation: logits of one position of each answer, and their distribution."""
     prefill: int
-    """Megatron's generation: one layer's tensors for the prompts of all answers, which go through it at once."""
+    """Megatron's generation: a layer's tensors for the prompts of all answers, which go through it at once."""
     logprobs: int
     """Of a pass without gradient: one layer's tensors and the logits."""
     update: int
@@ -220,6 +220,20 @@ def logits_bytes(
     return 2 * tokens * shape.hidden + rows * max(6 * wide, 2 * wide + 2 * shape.hidden)
 
 
+def passing_bytes(shape: ModelShape, tensor: int, sequences: int, length: int) -> int:
+    """Bytes at their worst moment while the layers pass `sequences` on without a gradient, logits apart.
+
+    That is in the feed-forward part: for each token gate, up, activation and product (4f, split over tensor parallel
+    ranks), and what the layer still holds of its hidden states: the embedding's, both norms' outputs, attention's and
+    the sum (5h); for each position the table of rotations. Such passes go without sequence parallelism. Of Gemma 2's
+    it is what a layer would keep for a gradient.
+    """
+    tokens = sequences * length
+    if shape.gemma2:
+        return _layer(shape, Layout(tensor=tensor, micro_batch=sequences), length, selective=False)
+    return 2 * tokens * (5 * shape.hidden + 4 * shape.ffn // tensor) + 4 * length * shape.head_dim
+
+
 def sampling_bytes(shape: ModelShape, tensor: int, answers: int) -> int:
     """Bytes that drawing one token for each of `answers` takes where Megatron generates.
 
@@ -234,7 +248,7 @@ def sampling_bytes(shape: ModelShape, tensor: int, answers: int) -> int:
 def logprob_bytes(shape: ModelShape, layout: Layout, work: Workload, last: bool) -> int:
     """Bytes of a pass without gradient: what one layer makes, or on the last stage the logits."""
     sequences = layout.logprob_micro_batch
-    one = _layer(shape, replace(layout, micro_batch=sequences), work.length, selective=False)
+    one = passing_bytes(shape, layout.tensor, sequences, work.length)
     logits = logits_bytes(shape, layout.tensor, sequences, work.length, work.logits_chunk, gradient=False)
     return max(one, logits if last else 0)
 
@@ -291,7 +305,7 @@ def _stage_memory(shape: ModelShape, layout: Layout, work: Workload, stage: int)
         if stages < layout.pipeline:
             engine *= 2  # weights gathered over the stages, on their way into the engine
     else:
-        prefill = _layer(shape, replace(layout, micro_batch=answers), work.prompt_tokens, selective=False)
+        prefill = passing_bytes(shape, layout.tensor, answers, work.prompt_tokens)
         sampling = sampling_bytes(shape, layout.tensor, answers) if last else 0
     resident = engine + kv_cache if work.engine == "trt_llm" and work.engine_resident else 0
     fixed = weights + gradients

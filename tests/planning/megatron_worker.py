@@ -32,7 +32,7 @@ ensure_platform()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
+from megatron.core import ModelParallelConfig, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
@@ -184,12 +184,15 @@ def add_adapters(model: GPTModel, shape: ModelShape, width: int) -> None:
     )
     model.requires_grad_(False)
     settings = LoraPEFTConfig(section)
+    fields = (field.name for field in dataclasses.fields(ModelParallelConfig))
+    # The matrices are bfloat16 from the beginning, and tensors without data cannot be converted in place.
+    parallel = ModelParallelConfig(**{**{name: getattr(model.config, name) for name in fields}, "bf16": False})
     for layer in model.decoder.layers:
         for name, adapter in settings.get_config_dict().items():
             for place, mixin in settings.name_key_to_mcore_mixins[name]:
                 module = getattr(layer, place)
                 swap_mcore_mixin(module, mixin)
-                module.add_adapter(name=name, cfg=adapter, base_model_cfg=section, model_parallel_config=model.config)
+                module.add_adapter(name=name, cfg=adapter, base_model_cfg=section, model_parallel_config=parallel)
 
 
 def build(shape: ModelShape, case: dict[str, Any]) -> GPTModel:
