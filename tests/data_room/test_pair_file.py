@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_lrpo.data.errors import DataError
@@ -86,7 +86,8 @@ def test_pairs_and_sample_ids_are_there_once(tmp_path: Path) -> None:
         read_pairs(write(tmp_path / "none.jsonl", []))
 
 
-@given(share=st.floats(0.0, 0.999), seed=st.integers(0, 2**31))
+@settings(max_examples=20)
+@given(share=st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.95]), seed=st.integers(0, 2**31))
 def test_a_question_is_held_out_with_all_its_pairs(share: float, seed: int) -> None:
     pairs = [pair(f"q{number}", language, 0) for number in range(200) for language in ("de", "ja")]
     train, held = hold_out(pairs, share, seed)

@@ -100,11 +100,11 @@ class TableActor:
         weights = aggregation_weights(mask, "sequence_mean", mask.sum(), mask.any(dim=1).sum()).double()
         loss, _ = grpo_loss(logprobs, logprobs.detach(), None, batch.advantages.double(), mask, weights)
         if not loss.isfinite():
-            raise NonFiniteError(float(loss), float("nan"), 0)
+            raise NonFiniteError(loss.item(), float("nan"), 0)
         (gradient,) = torch.autograd.grad(loss, self.table)
         with torch.no_grad():
             self.table -= LEARNING_RATE * gradient
-        return {"loss": float(loss), "grad_norm": float(gradient.norm()), "lr": LEARNING_RATE}
+        return {"loss": loss.item(), "grad_norm": float(gradient.norm()), "lr": LEARNING_RATE}
 
     def save_shards(self, directory: Path) -> None:
         np.save(directory / "table.npy", self.table.detach().numpy())
@@ -236,9 +236,8 @@ def test_loss_falls_and_what_is_preferred_becomes_likelier(method: MethodConfig,
     assert [one["step"] for one in validation] == [*range(0, 31, 3)]
     assert validation[-1]["pairs"] == 4 and validation[-1]["pairs/ja"] == 2 and train[0]["pairs"] == 8
     if method is MPO:
-        # Distance from the target; what holds the dominant language held it.
-        assert abs(train[-1]["margin"]) < 0.2 * abs(train[0]["margin"]) and train[0]["retention"] == 0.0
-        assert train[-1]["retention"] < 0.02
+        # Near the target, and the dominant language, which shares the table, is held where it was.
+        assert losses[-1] < 0.1 * losses[0] and train[0]["retention"] == 0.0 < train[-1]["retention"] < 0.02
         return
     assert losses[0] == pytest.approx(np.log(2)) and train[0]["accuracy"] == 0.0 and train[-1]["accuracy"] == 1.0
     assert train[-1]["chosen_change"] > 0.0 > train[-1]["rejected_change"]
