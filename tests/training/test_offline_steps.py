@@ -263,6 +263,8 @@ def test_a_run_with_stops_is_the_run_without(method: MethodConfig, tmp_path: Pat
     assert trainer.fit() == TIME_LIMIT and trainer.steps_done == 5
     trainer, actor = start(stopped, method, **pairs)
     assert trainer.fit() == 0 and trainer.finished
+    # Whatever the run needs to know of the initial policy, it knew by then.
+    assert actor.initial_rows == 0
     assert torch.equal(actor.table, reached.table) and lines(stopped) == lines(whole)
     ends = [json.dumps(one.state_dict(), default=np.ndarray.tolist, sort_keys=True) for one in (trainer, expected)]
     assert ends[0] == ends[1]
