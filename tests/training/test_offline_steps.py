@@ -254,7 +254,7 @@ def test_a_run_with_stops_is_the_run_without(method: MethodConfig, tmp_path: Pat
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     pairs = {"pairs": make_pairs(), "validation": make_pairs(7)[-4:]}
     expected, reached = start(whole, method, **pairs)
-    assert expected.fit() == 0
+    assert expected.fit() == 0 and expected.state_dict()["validated_step"] == 8
     trainer, _ = start(stopped, method, **pairs, stop_after_steps=2)
     assert trainer.fit() == 0 and not trainer.finished and trainer.steps_done == 2
     trainer, _ = start(stopped, method, **pairs, stop=NoTime(2))
