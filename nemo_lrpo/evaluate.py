@@ -343,7 +343,8 @@ def _unlike_the_run(config: EvaluateConfig) -> list[tuple[str, object, object]]:
         "data.languages": list(config.data.languages),
     }
     trained = {name: OmegaConf.select(run, name) for name in own}
-    trained["data.languages"] = list(trained["data.languages"])
+    # A run over pairs has no candidate languages.
+    trained["data.languages"] = list(trained["data.languages"] or own["data.languages"])
     return [(name, trained[name], here) for name, here in own.items() if trained[name] != here]
 
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import hydra
 from omegaconf import DictConfig
@@ -27,14 +27,23 @@ from omegaconf import DictConfig
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.evaluation import REWARD
 from nemo_lrpo.config.loader import CONFIG_DIR, load_train_config, save_run_config
-from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.config.schema import RunConfig, TrainConfig
+from nemo_lrpo.config.training import StepsConfig
 
 if TYPE_CHECKING:
+    from nemo_lrpo.actor.actor import MegatronActor
+    from nemo_lrpo.actor.setup import Policy
+    from nemo_lrpo.training.checkpoint import Checkpoint
+    from nemo_lrpo.training.loop import TrainingLoop
     from nemo_lrpo.training.stopping import Starts, Stop
     from nemo_lrpo.training.trainer import LrpoTrainer
 
+C = TypeVar("C", bound=RunConfig)
+SetUp = Callable[[C, "Stop", "Starts", ExitStack], "tuple[TrainingLoop, MegatronActor]"]
+"""Puts the rooms together, to be closed by the stack. Every refusal comes before the model is loaded."""
 
-def run(config: TrainConfig, tree: DictConfig) -> int:
+
+def run(config: C, tree: DictConfig, set_up: SetUp[C]) -> int:
     """Train; `tree`, which `config` was loaded from, is kept in run_dir.
 
     Returns the exit code: 0 after the last step, EXIT_REQUEUE where the same command is to go on.
@@ -48,7 +57,9 @@ def run(config: TrainConfig, tree: DictConfig) -> int:
     def work() -> int | None:
         with ExitStack() as rooms:
             with stop.setting_up():
-                trainer = set_up(config, tree, stop, starts, rooms)
+                trainer, actor = set_up(config, stop, starts, rooms)
+                if actor.is_main:
+                    save_run_config(tree, config.run_dir)
             if trainer.fit():
                 return trainer.steps_done
             if config.loop.export_nemo and trainer.finished:
@@ -58,15 +69,13 @@ def run(config: TrainConfig, tree: DictConfig) -> int:
     return counted(starts, work)
 
 
-def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, rooms: ExitStack) -> LrpoTrainer:
-    """Put the rooms together, to be closed by `rooms`. Every refusal comes before the model is loaded."""
+def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) -> tuple[LrpoTrainer, MegatronActor]:
+    """Training with LRPO."""
     from nemo_lrpo.actor.platform import ensure_platform
 
     ensure_platform()
-    from nemo_lrpo.actor.actor import MegatronActor
-    from nemo_lrpo.actor.setup import build_policy, check_nemo_sections, data_parallel_size
+    from nemo_lrpo.actor.setup import check_nemo_sections
     from nemo_lrpo.actor.tokenizer import open_tokenizer
-    from nemo_lrpo.actor.watchdog import Watchdog
     from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.data.reader import contexts, read_prompts
     from nemo_lrpo.data.sampler import PromptSampler
@@ -75,7 +84,6 @@ def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, ro
     from nemo_lrpo.serving.client import RewardClient
     from nemo_lrpo.tasks import load_tasks
     from nemo_lrpo.training.checkpoint import open_store
-    from nemo_lrpo.training.stopping import is_main_process
     from nemo_lrpo.training.trainer import LrpoTrainer, check_resumable
 
     check_nemo_sections(config)
@@ -90,7 +98,7 @@ def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, ro
     sampler = PromptSampler(train, loop.prompts_per_step, config.seed, shuffle=config.data.shuffle)
     topics, regions = contexts(train)
     router = build_router(config.router, config.data.languages, topics, regions, config.seed)
-    total_steps = planned_steps(config, len(train))
+    total_steps = planned_steps(loop, len(train), loop.prompts_per_step)
 
     checkpoint = open_store(config.run_dir, loop).latest()
     if checkpoint is not None:
@@ -101,17 +109,7 @@ def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, ro
     suite = open_suite(config, tasks, open_services(config.evaluation, tasks, rewards, rooms)) if tasks else None
     if suite is not None:
         suite.fit(renderer)
-    starts.begin(0 if checkpoint is None else checkpoint.state["step"], main=is_main_process(os.environ))
-    policy = build_policy(
-        config,
-        total_updates=total_steps * config.algorithm.num_updates,
-        resume_from=None if checkpoint is None else checkpoint.shards,
-    )
-    rooms.callback(policy.logger.finalize)
-    watchdog = rooms.enter_context(Watchdog(loop.progress_timeout_s, afterwards(config)))
-    actor = MegatronActor(policy, config, on_progress=watchdog.beat)
-    starts.count = actor.max_over_ranks(starts.count)
-    starts.refuse_if_too_many()
+    actor, policy = start_actor(config, checkpoint, total_steps, starts, rooms)
     trainer = LrpoTrainer(
         config,
         actor=actor,
@@ -122,22 +120,51 @@ def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, ro
         validation=validation,
         log=lambda metrics, step: policy.logger.log_metrics(dict(metrics), step),
         total_steps=total_steps,
-        layout={
-            "tensor": config.model["tensor_model_parallel_size"],
-            "pipeline": config.model["pipeline_model_parallel_size"],
-            "data": data_parallel_size(config),
-        },
+        layout=parallel_layout(config),
         stop=stop,
         suite=suite,
     )
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
-    if actor.is_main:
-        save_run_config(tree, config.run_dir)
-    return trainer
+    return trainer, actor
 
 
-def afterwards(config: TrainConfig) -> str:
+def start_actor(
+    config: RunConfig, checkpoint: Checkpoint | None, total_steps: int, starts: Starts, rooms: ExitStack
+) -> tuple[MegatronActor, Policy]:
+    """All ranks: the policy, as of `checkpoint` where there is one, and a watchdog, closed by `rooms`. Raises
+    NoProgress."""
+    from nemo_lrpo.actor.actor import MegatronActor
+    from nemo_lrpo.actor.setup import build_policy
+    from nemo_lrpo.actor.watchdog import Watchdog
+    from nemo_lrpo.training.stopping import is_main_process
+
+    starts.begin(0 if checkpoint is None else checkpoint.state["step"], main=is_main_process(os.environ))
+    policy = build_policy(
+        config,
+        total_updates=total_steps * config.algorithm.num_updates,
+        resume_from=None if checkpoint is None else checkpoint.shards,
+    )
+    rooms.callback(policy.logger.finalize)
+    watchdog = rooms.enter_context(Watchdog(config.loop.progress_timeout_s, afterwards(config)))
+    actor = MegatronActor(policy, config, on_progress=watchdog.beat)
+    starts.count = actor.max_over_ranks(starts.count)
+    starts.refuse_if_too_many()
+    return actor, policy
+
+
+def parallel_layout(config: RunConfig) -> dict[str, int]:
+    """Parallel size by axis."""
+    from nemo_lrpo.actor.setup import data_parallel_size
+
+    return {
+        "tensor": config.model["tensor_model_parallel_size"],
+        "pipeline": config.model["pipeline_model_parallel_size"],
+        "data": data_parallel_size(config),
+    }
+
+
+def afterwards(config: RunConfig) -> str:
     """What becomes of a run whose processes were ended."""
     return (
         f"What is saved is the newest checkpoint in {Path(config.run_dir) / 'checkpoints'}, if there is one; starting "
@@ -145,14 +172,9 @@ def afterwards(config: TrainConfig) -> str:
     )
 
 
-def planned_steps(config: TrainConfig, questions: int) -> int:
-    """Steps of the whole run, resumed ones counted: `max_epochs` over the questions, cut at `max_steps`."""
-    loop = config.loop
-    if loop.prompts_per_step > questions:
-        raise ConfigError(
-            f"trainer.lrpo.prompts_per_step={loop.prompts_per_step} exceeds the {questions} questions of data.train."
-        )
-    steps = math.ceil(loop.max_epochs * questions / loop.prompts_per_step)
+def planned_steps(loop: StepsConfig, items: int, per_step: int) -> int:
+    """Steps of the whole run, resumed ones counted: `max_epochs` over the items, cut at `max_steps`."""
+    steps = math.ceil(loop.max_epochs * items / per_step)
     return steps if loop.max_steps < 0 else min(steps, loop.max_steps)
 
 
@@ -178,7 +200,7 @@ def exit_readably() -> Iterator[None]:
 def main(tree: DictConfig) -> None:
     """Entry point."""
     with exit_readably():
-        sys.exit(run(load_train_config(tree), tree))
+        sys.exit(run(load_train_config(tree), tree, set_up))
 
 
 if __name__ == "__main__":

@@ -9,4 +9,6 @@ import nemo_lrpo.actor.setup  # noqa: E402
 import nemo_lrpo.config.loader  # noqa: E402
 import nemo_lrpo.serving.client  # noqa: E402
 import nemo_lrpo.train  # noqa: E402
+import nemo_lrpo.train_offline  # noqa: E402
+import nemo_lrpo.training.offline  # noqa: E402
 import nemo_lrpo.training.trainer  # noqa: E402, F401

@@ -12,12 +12,8 @@ one, answers nearer to the dominant language's against those that lie further aw
 dpo, in every language but the dominant one, each with the dominant language's pair as target. nemo_lrpo/data/pairs.py
 says where mapo and mpo differ from what was published. Answers that did not end or have no reward are not used.
 
-OUT, pairs_KIND.jsonl beside the rollouts by default, gets one JSON object a line:
-
-    question_id, question, question_language, language
-    chosen, rejected      each sample_id, response, reward
-    margin                how far they lie apart, in reward, or in alignment (mapo)
-    dominant              mpo: language, chosen, rejected, margin of the dominant language's pair; else null
+OUT, pairs_KIND.jsonl beside the rollouts by default, gets one JSON object a line
+(nemo_lrpo/data/pair_file.py), `margin` in reward, or in alignment (mapo). nemo_lrpo.train_offline trains on it.
 
 OUT with .left_out.jsonl in place of .jsonl gets every answer that is in no pair, with the reason. All of it is held in
 memory; the files are there whole or not at all.
@@ -43,10 +39,10 @@ from nemo_lrpo.config.checks import ConfigError  # noqa: E402
 from nemo_lrpo.config.scoring import EncoderConfig  # noqa: E402
 from nemo_lrpo.data.errors import DataError  # noqa: E402
 from nemo_lrpo.data.languages import LANGUAGES  # noqa: E402
+from nemo_lrpo.data.pair_file import pair_record  # noqa: E402
 from nemo_lrpo.data.pairs import (  # noqa: E402
     REASONS,
     Pairing,
-    PreferencePair,
     RatedAnswer,
     alignments_wanted,
     best_and_worst,
@@ -100,28 +96,6 @@ def alignments(wanted: Sequence[tuple[RatedAnswer, RatedAnswer]], encoder: str |
     finally:
         similarity.close()
     return found
-
-
-def record(pair: PreferencePair) -> dict[str, Any]:
-    """A line of OUT."""
-    chosen = pair.chosen
-    return {
-        "question_id": chosen.question_id,
-        "question": chosen.question,
-        "question_language": chosen.question_language,
-        "language": chosen.language,
-        **_sides(pair),
-        "dominant": pair.dominant and {"language": pair.dominant.chosen.language, **_sides(pair.dominant)},
-    }
-
-
-def _sides(pair: PreferencePair) -> dict[str, Any]:
-    sides = {"chosen": pair.chosen, "rejected": pair.rejected}
-    named = {
-        name: {"sample_id": side.sample_id, "response": side.response, "reward": side.reward}
-        for name, side in sides.items()
-    }
-    return {**named, "margin": pair.margin}
 
 
 def counts(answers: Sequence[RatedAnswer], pairing: Pairing) -> str:
@@ -185,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     left_out = options.out.with_suffix(".left_out.jsonl")
     write_lines(left_out, ({"sample_id": name, "reason": reason} for name, reason in pairing.left_out.items()))
-    write_lines(options.out, map(record, pairing.pairs))
+    write_lines(options.out, map(pair_record, pairing.pairs))
     print(f"{options.out}; answers left out with reasons: {left_out}")
     return 0
 

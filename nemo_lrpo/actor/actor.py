@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from nemo_lrpo.actor.setup import Policy, export_nemo, plan_shards
 from nemo_lrpo.actor.spread import spread_by_length, spread_by_plan
 from nemo_lrpo.actor.stop_request import StopRequest
 from nemo_lrpo.algorithms.loss import aggregation_weights, grpo_loss
-from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.config.schema import RunConfig
 from nemo_lrpo.types import NonFiniteError, Rollouts, Score, TaggedPrompt, TrainingBatch
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _TOKEN_SUMS = ("kl", "ratio", "clipped_low", "clipped_high", "surprisal", "old_k
 class MegatronActor:
     """Implements nemo_lrpo.training.protocols.Actor on Megatron's tensor, pipeline and data parallel ranks."""
 
-    def __init__(self, policy: Policy, config: TrainConfig, on_progress: Callable[[str], None] = lambda _: None):
+    def __init__(self, policy: Policy, config: RunConfig, on_progress: Callable[[str], None] = lambda _: None):
         """on_progress: called, with a name for what comes next, wherever this rank has got on."""
         self._policy = policy
         self._model = policy.model
@@ -237,7 +237,7 @@ class MegatronActor:
     # -- log-probs and update ------------------------------------------------------------------------------------
 
     def continuation_logprobs(
-        self, tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor
+        self, tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor, initial: bool = False
     ) -> torch.Tensor:
         ranks = parallel_state.get_data_parallel_world_size()
         rows = torch.arange(parallel_state.get_data_parallel_rank(), tokens.size(0), ranks)
@@ -248,7 +248,8 @@ class MegatronActor:
         try:
             if len(rows):
                 packed = {"lengths": lengths[rows]} if self._config.actor.sequence_packing else {}
-                logprobs = self._logprobs(tokens[rows], **packed)
+                with self._model.initial_policy() if initial else nullcontext():
+                    logprobs = self._logprobs(tokens[rows], **packed)
                 # Log-prob t is that of token t + 1.
                 position = torch.arange(1, tokens.size(1))
                 inside = (position >= prompt_lengths[rows].unsqueeze(1)) & (position < lengths[rows].unsqueeze(1))

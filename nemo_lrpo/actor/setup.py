@@ -42,7 +42,7 @@ from nemo_lrpo.actor.platform import model_overrides
 from nemo_lrpo.actor.policy import LrpoActorModel
 from nemo_lrpo.actor.shards import ShardIO
 from nemo_lrpo.config.checks import ConfigError, unknown_key_message
-from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.config.schema import RunConfig
 
 OPTIMIZER = "mcore_distributed_optim"
 _BEHIND_WATCHDOG_S = 60.0
@@ -60,7 +60,7 @@ class Policy:
     shards: ShardIO
 
 
-def check_nemo_sections(config: TrainConfig) -> None:
+def check_nemo_sections(config: RunConfig) -> None:
     """Refuse misspelt or unsupported keys of the sections that Lightning and NeMo own.
 
     Raises ConfigError. A key of `model` is known if the .nemo's own configuration or conf/train.yaml has it.
@@ -137,7 +137,7 @@ _MODEL_KEYS = {
 }
 
 
-def build_policy(config: TrainConfig, *, total_updates: int, resume_from: Path | None, training: bool = True) -> Policy:
+def build_policy(config: RunConfig, *, total_updates: int, resume_from: Path | None, training: bool = True) -> Policy:
     """Load the base .nemo on the configured layout and, where given, a checkpoint's shards over it.
 
     total_updates: optimizer steps of the whole run, for the learning rate schedule. resume_from: the directory of
@@ -172,7 +172,7 @@ def build_policy(config: TrainConfig, *, total_updates: int, resume_from: Path |
     if resume_from is not None:
         _check_adapters(model.use_peft, resume_from)
     new_adapters = nemo.model.peft.peft_scheme != "none" and nemo.model.peft.restore_from_path is None
-    if training and config.algorithm.kl_coefficient > 0 and not new_adapters:
+    if training and config.keeps_initial_policy and not new_adapters:
         model.reference = ReferenceWeights(parameter for parameter in model.parameters() if parameter.requires_grad)
     init_distributed(trainer, model, nemo.model.get("transformer_engine", False))
     collectives.refuse_different("checkpoint to resume from", "" if resume_from is None else resume_from.parent.name)
@@ -250,7 +250,7 @@ def export_nemo(policy: Policy, path: Path, artifacts: Mapping[str, str], is_mai
     torch.distributed.barrier()
 
 
-def data_parallel_size(config: TrainConfig) -> int:
+def data_parallel_size(config: RunConfig) -> int:
     """Ranks of the job over ranks of one model. Raises ConfigError where they do not divide."""
     ranks = config.trainer["devices"] * config.trainer.get("num_nodes", 1)
     model_parallel = config.model["tensor_model_parallel_size"] * config.model["pipeline_model_parallel_size"]
@@ -262,7 +262,7 @@ def data_parallel_size(config: TrainConfig) -> int:
     return ranks // model_parallel
 
 
-def _exp_manager(config: TrainConfig) -> dict[str, Any]:
+def _exp_manager(config: RunConfig) -> dict[str, Any]:
     """Loggers only: checkpoints and resume are ours, nothing is parsed from a file name."""
     return {
         "exp_dir": None,
@@ -275,18 +275,18 @@ def _exp_manager(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _model(config: TrainConfig, total_updates: int) -> DictConfig:
+def _model(config: RunConfig, total_updates: int) -> DictConfig:
     """`model` with what follows from the other sections filled in, in the names that NeMo-Aligner reads."""
-    rollout, loop = config.rollout, config.loop
+    rollout = config.rollout
     model = OmegaConf.create(dict(config.model))
     with open_dict(model):
         model.merge_with(OmegaConf.create(model_overrides()))
         data_parallel = data_parallel_size(config)
-        rows = loop.prompts_per_step * loop.rollouts_per_prompt // config.algorithm.num_updates
+        rows = config.rows_per_update
         if rows % data_parallel:
             raise ConfigError(
-                f"trainer.lrpo.prompts_per_step * rollouts_per_prompt / algorithm.num_updates = {rows} rollouts per "
-                f"update do not divide over {data_parallel} data-parallel ranks."
+                f"{config.ROWS_OF_AN_UPDATE} = {rows} rollouts per update do not divide over {data_parallel} "
+                "data-parallel ranks."
             )
         unit = model.micro_batch_size * data_parallel
         model.global_batch_size = -(-rows // unit) * unit

@@ -1,4 +1,5 @@
 """Losses over preference pairs, for off-line baselines: DPO, whose pairs may be MAPO's, and MPO's reward gap.
+nemo_lrpo.training.offline trains with them.
 
 A loss here is a function of the log-probs of whole answers, two for a pair. Its weights carry the global number of
 pairs, so that scalars of micro batches and ranks are summed, as in nemo_lrpo.algorithms.loss.
@@ -8,7 +9,7 @@ token's log-prob by d loss / d (log-prob of its answer), and that is what `grpo_
 ratio is 1. So for every update:
 
 1. log-probs of all answers under the present policy, without gradient (the actor's `continuation_logprobs`, sums over
-   the tokens that train; once, before the first update, they are those of the initial policy);
+   the tokens that train; of the initial policy once for every answer);
 2. `dpo_loss` or `reward_gap_loss` over all pairs of the update, which also gives its slopes;
 3. the actor's `update` with `row_advantages` of these slopes as `TrainingBatch.advantages`, under
    algorithm.num_updates=1 (no old log-probs: the ratio is 1), aggregation=sequence_mean and kl_coefficient=0.
@@ -39,6 +40,19 @@ class PairLoss:
 
     loss: Tensor
     slopes: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AnswerSlopes:
+    """A loss over P pairs of R answers: chosen, rejected and, where R is 4, the dominant language's two.
+
+    slopes: [P, R], d loss / d (log-prob of the answer: its sum over tokens, or its mean where `normalised`), no
+    gradient. metrics: as PairLoss has them.
+    """
+
+    slopes: Tensor
+    normalised: bool
     metrics: dict[str, Tensor]
 
 
@@ -116,6 +130,39 @@ def reward_gap_loss(
     return _collected(distance**2, slopes, weights, used, distance, gap)
 
 
+def dpo_slopes(
+    present: Tensor, initial: Tensor, weights: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
+) -> AnswerSlopes:
+    """`dpo_loss` of log-probs [P, R], sums over tokens, under the present and the initial policy; R is 2 or more, of
+    which the first two count."""
+    columns = (present[:, 0], present[:, 1], initial[:, 0], initial[:, 1])
+    loss = dpo_loss(*columns, weights, beta=beta, label_smoothing=label_smoothing)
+    slopes = torch.zeros_like(present)
+    slopes[:, 0], slopes[:, 1] = loss.slopes, -loss.slopes
+    return AnswerSlopes(slopes, False, loss.metrics)
+
+
+def reward_gap_slopes(
+    present: Tensor, initial: Tensor, weights: Tensor, *, beta: float = 1.0, retention: float = 0.0
+) -> AnswerSlopes:
+    """`reward_gap_loss` of log-probs [P, 4], means over tokens, and with `retention` = c what holds the dominant
+    language where it was: c w / 2 ((p_2 - q_2)^2 + (p_3 - q_3)^2) more for every pair, p the present and q the initial
+    log-probs of the dominant language's two answers. Its sum is `retention` among the metrics, and part of `loss`.
+
+    (MPO holds hidden states. This is the like of it in log-probs: as there, nothing moves at the initial policy.)
+    Raises ValueError for a retention below 0.
+    """
+    if not retention >= 0.0:
+        raise ValueError(f"retention={retention} is out of range; it must be >= 0.")
+    loss = reward_gap_loss(present[:, 0], present[:, 1], initial[:, 2] - initial[:, 3], weights, beta=beta)
+    moved = torch.where((weights != 0).unsqueeze(1), present[:, 2:] - initial[:, 2:], 0.0)
+    slopes = torch.zeros_like(present)
+    slopes[:, 0], slopes[:, 1] = loss.slopes, -loss.slopes
+    slopes[:, 2:] = retention * weights.unsqueeze(1) * moved
+    held = (0.5 * retention * weights * moved.square().sum(dim=1)).sum()
+    return AnswerSlopes(slopes, True, {**loss.metrics, "loss": loss.metrics["loss"] + held, "retention": held})
+
+
 def row_advantages(
     slopes: Tensor, chosen_rows: Tensor, rejected_rows: Tensor, lengths: Tensor, normalised: bool
 ) -> Tensor:
@@ -130,8 +177,12 @@ def row_advantages(
     """
     slope = torch.zeros(lengths.shape, dtype=slopes.dtype, device=slopes.device)
     slope = slope.index_add(0, chosen_rows, slopes).index_add(0, rejected_rows, -slopes)
-    rows = (lengths > 0).sum()
-    return -slope * rows * (1 if normalised else lengths)
+    return answer_advantages(slope, lengths, normalised)
+
+
+def answer_advantages(slopes: Tensor, lengths: Tensor, normalised: bool) -> Tensor:
+    """As `row_advantages`, of the slopes [N] of the answers themselves."""
+    return -slopes * (lengths > 0).sum() * (1 if normalised else lengths)
 
 
 def _collected(each: Tensor, slopes: Tensor, weights: Tensor, used: Tensor, margin: Tensor, gap: Tensor) -> PairLoss:

@@ -13,8 +13,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from nemo_lrpo.config.checks import ConfigError, unknown_key_message
 from nemo_lrpo.config.evaluation import needs_reward_server
-from nemo_lrpo.config.schema import EvaluateConfig, TrainConfig
-from nemo_lrpo.config.training import LoopConfig
+from nemo_lrpo.config.schema import EvaluateConfig, OfflineConfig, RunConfig, TrainConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 """The shipped YAML files."""
@@ -94,6 +93,21 @@ def load_evaluate_config(tree: DictConfig) -> EvaluateConfig:
     return config
 
 
+def load_offline_config(tree: DictConfig) -> OfflineConfig:
+    """`conf/train_offline.yaml` with overrides, typed and checked. Raises ConfigError before any work starts."""
+    config = _load(OfflineConfig, tree)
+    for name in ("data", "method", "prompt", "rollout", "actor"):
+        getattr(config, name).check(name)
+    config.loop.check("trainer.lrpo")
+    _check_base_model(config)
+    _check_trainer(config)
+    if config.rollout.backend != "megatron":
+        raise ConfigError(f"rollout.backend={config.rollout.backend!r}: nothing is generated; accepted: 'megatron'.")
+    validates = (config.data.validation or config.data.validation_share) and config.loop.val_check_interval
+    _check_validation_metric(config, bool(validates), "data.validation or data.validation_share")
+    return config
+
+
 def train_config_tree(config: TrainConfig) -> dict[str, Any]:
     """`config` as plain values in the layout of conf/train.yaml; `restore_train_config` reads it."""
     tree = dataclasses.asdict(config)
@@ -106,7 +120,7 @@ def restore_train_config(tree: Mapping[str, Any]) -> TrainConfig:
     return _load(TrainConfig, OmegaConf.create(dict(tree)))
 
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", bound=RunConfig)
 
 
 def _load(schema: type[C], tree: DictConfig) -> C:
@@ -115,11 +129,11 @@ def _load(schema: type[C], tree: DictConfig) -> C:
     except InterpolationResolutionError as error:
         raise ConfigError(f"{error.full_key}: {error.msg}.") from error
     _refuse_missing(tree, "")
-    closed = {field.name for field in dataclasses.fields(schema) if field.name != "loop"}
+    closed = {field.name for field in dataclasses.fields(schema) if field.init and field.name != "loop"}
     trainer = OmegaConf.to_container(tree.get("trainer") or OmegaConf.create({}))
     assert isinstance(trainer, dict)
-    values: dict[str, Any] = {"loop": to_dataclass(LoopConfig, trainer.pop("lrpo", None), "trainer.lrpo")}
     hints = typing.get_type_hints(schema)
+    values: dict[str, Any] = {"loop": to_dataclass(hints["loop"], trainer.pop("lrpo", None), "trainer.lrpo")}
     for key in tree:
         name = str(key)
         if name not in closed:
@@ -220,10 +234,15 @@ def _check_best_metric(config: TrainConfig) -> None:
                 "evaluation.interval > 0; set them, or choose a metric of training such as reward."
             )
     validates = config.data.validation and loop.val_check_interval
-    if loop.checkpoint.keep_best and name.startswith("validation/") and not validates:
+    _check_validation_metric(config, bool(validates), "data.validation")
+
+
+def _check_validation_metric(config: RunConfig, validates: bool, source: str) -> None:
+    loop = config.loop
+    if loop.checkpoint.keep_best and loop.checkpoint.best_metric.startswith("validation/") and not validates:
         raise ConfigError(
-            f"trainer.lrpo.checkpoint.best_metric={name!r} needs data.validation and trainer.lrpo.val_check_interval "
-            "> 0; set them, or choose a metric of training such as reward."
+            f"trainer.lrpo.checkpoint.best_metric={loop.checkpoint.best_metric!r} needs {source} and "
+            "trainer.lrpo.val_check_interval > 0; set them, or choose a metric of training."
         )
 
 
@@ -235,7 +254,7 @@ def config_of_run(checkpoint: Path) -> DictConfig | None:
     return None
 
 
-def _check_base_model(config: TrainConfig) -> None:
+def _check_base_model(config: RunConfig) -> None:
     path = config.pretrained_checkpoint.restore_from_path
     if not path or not Path(path).exists():
         raise ConfigError(
@@ -244,7 +263,7 @@ def _check_base_model(config: TrainConfig) -> None:
         )
 
 
-def _check_trainer(config: TrainConfig) -> None:
+def _check_trainer(config: RunConfig) -> None:
     if str(config.trainer.get("precision")) in {"16", "16-mixed", "fp16"}:
         raise ConfigError("trainer.precision: fp16 is not supported; accepted: bf16, bf16-mixed, 32.")
     for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):

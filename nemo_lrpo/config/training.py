@@ -72,34 +72,24 @@ class CheckpointConfig:
 
 
 @dataclass
-class LoopConfig:
-    """`trainer.lrpo`: how many steps, of what size, and what happens between them."""
+class StepsConfig:
+    """`trainer.lrpo`, whatever a step is: how many, and what happens between them."""
 
     max_steps: int = -1
     """Training stops after this many steps in all, resumed ones counted; -1: only `max_epochs` ends it."""
     max_epochs: int = 1
-    """Passes over the training questions."""
+    """Passes over the training data."""
     stop_after_steps: int = 0
     """End this process, with a checkpoint, after so many steps of its own; starting it again continues. 0: never."""
-    prompts_per_step: int = 256
-    """Questions per step; the step generates prompts_per_step * rollouts_per_prompt answers."""
-    rollouts_per_prompt: int = 8
-    """K, the size of a group."""
     val_check_interval: int = 20
     """Validate every so many steps and after the last one; 0: never."""
     val_at_start: bool = False
     """Validate once before the first step as well."""
-    val_prompts: int = 512
-    """At most so many validation questions (the first of the file, in file order); 0: all."""
-    val_temperature: float = 0.0
-    """Sampling temperature of validation answers; 0 is greedy."""
     save_interval: int = 20
     """Save a checkpoint every so many steps and after the last one; 0: only after the last one."""
     keep_checkpoints: int = 2
     """Completed checkpoints kept, the newest ones; 0 keeps all."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log_samples: int = 8
-    """Rollouts written as text to rollouts.jsonl at every step."""
     export_nemo: bool = True
     """Write `<run_dir>/model.nemo` after the last step."""
     stop: StopConfig = field(default_factory=StopConfig)
@@ -116,17 +106,7 @@ class LoopConfig:
     def check(self, key: str) -> None:
         check_range(f"{key}.max_steps", self.max_steps, at_least=-1)
         check_range(f"{key}.max_epochs", self.max_epochs, at_least=1)
-        check_range(f"{key}.prompts_per_step", self.prompts_per_step, at_least=1)
-        check_range(f"{key}.rollouts_per_prompt", self.rollouts_per_prompt, at_least=1)
-        check_range(f"{key}.val_temperature", self.val_temperature, at_least=0.0)
-        for name in (
-            "stop_after_steps",
-            "val_check_interval",
-            "val_prompts",
-            "save_interval",
-            "keep_checkpoints",
-            "log_samples",
-        ):
+        for name in ("stop_after_steps", "val_check_interval", "save_interval", "keep_checkpoints"):
             check_range(f"{key}.{name}", getattr(self, name), at_least=0)
         self.stop.check(f"{key}.stop")
         self.checkpoint.check(f"{key}.checkpoint")
@@ -135,6 +115,42 @@ class LoopConfig:
         check_range(f"{key}.progress_timeout_s", self.progress_timeout_s, above=0.0, at_most=1e6)
         if self.max_steps == 0:
             raise ConfigError(f"{key}.max_steps=0 trains nothing; give a positive number, or -1 for no limit.")
+
+
+@dataclass
+class LoopConfig(StepsConfig):
+    """`trainer.lrpo` of training by rollouts: of what size a step is, and what is shown of it."""
+
+    prompts_per_step: int = 256
+    """Questions per step; the step generates prompts_per_step * rollouts_per_prompt answers."""
+    rollouts_per_prompt: int = 8
+    """K, the size of a group."""
+    val_prompts: int = 512
+    """At most so many validation questions (the first of the file, in file order); 0: all."""
+    val_temperature: float = 0.0
+    """Sampling temperature of validation answers; 0 is greedy."""
+    log_samples: int = 8
+    """Rollouts written as text to rollouts.jsonl at every step."""
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        check_range(f"{key}.prompts_per_step", self.prompts_per_step, at_least=1)
+        check_range(f"{key}.rollouts_per_prompt", self.rollouts_per_prompt, at_least=1)
+        check_range(f"{key}.val_temperature", self.val_temperature, at_least=0.0)
+        for name in ("val_prompts", "log_samples"):
+            check_range(f"{key}.{name}", getattr(self, name), at_least=0)
+
+
+@dataclass
+class PairLoopConfig(StepsConfig):
+    """`trainer.lrpo` of training over preference pairs."""
+
+    pairs_per_step: int = 64
+    """Pairs per step, which is one update of the policy."""
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        check_range(f"{key}.pairs_per_step", self.pairs_per_step, at_least=1)
 
 
 @dataclass

@@ -78,6 +78,11 @@ class PreferencePair:
     margin: float
     dominant: PreferencePair | None = None
 
+    @property
+    def pair_id(self) -> str:
+        """The ids of both answers."""
+        return f"{self.chosen.sample_id} > {self.rejected.sample_id}"
+
 
 @dataclass(frozen=True)
 class Pairing:

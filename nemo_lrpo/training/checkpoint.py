@@ -45,7 +45,8 @@ REQUIRED_STATE = ("step", "updates", "seed", "data", "router", "languages", "lay
 PACKAGES = ("nemo_lrpo", "torch", "numpy", "megatron-core", "nemo-toolkit", "nemo-aligner")
 """Whose versions a manifest names."""
 _KEPT_METRICS = {"reward", "gate", "quality", "length", "ended", "policy/loss", "policy/kl", "policy/lr", "epoch"}
-_KEPT_BY_LANGUAGE = ("reward/", "count/", "router/probability/")
+_KEPT_METRICS |= {"loss", "accuracy", "margin"}
+_KEPT_BY_LANGUAGE = ("reward/", "count/", "router/probability/", "accuracy/")
 _HEADROOM = 1.05
 """Free space asked for, over the size of the last checkpoint."""
 

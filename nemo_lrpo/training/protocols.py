@@ -46,9 +46,10 @@ class Actor(Protocol):
         """
 
     def continuation_logprobs(
-        self, tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor
+        self, tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor, initial: bool = False
     ) -> torch.Tensor:
-        """Sum of the policy's log-probs of what follows each prompt, float64 [N].
+        """Sum of the policy's log-probs of what follows each prompt, float64 [N]; `initial`: of the policy that
+        training began with, where that is kept.
 
         tokens: int64 [N, S], prompt, continuation, padding. prompt_lengths, lengths: int64 [N] in tokens; `lengths`
         counts both. Raises RankFailure as `generate` does.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,43 @@ from nemo_lrpo.types import Rollouts, Score
 
 VALIDATION = "validation"
 EVALUATION = "evaluation"
+SHOWN = {"reward": ".3f", "gate": ".2f"}
+"""Beside the bar: metrics and their formats."""
+
+
+Decode = Callable[[Rollouts, Sequence[int]], list[str]]
+"""Gives the responses of some rows as text."""
 
 
 @dataclass
 class StepRecord:
-    """What a step leaves for the logs; arrays are in plan order."""
+    """What a step leaves for the logs."""
+
+    metrics: dict[str, float]
+
+    def samples(self, count: int, decode: Decode) -> Iterator[dict[str, Any]]:
+        """At most `count` readable objects of what the step was made of; none here."""
+        yield from ()
+
+
+@dataclass
+class RolloutRecord(StepRecord):
+    """Of a step that made rollouts; arrays are in plan order."""
 
     plan: LanguagePlan
     rollouts: Rollouts
     scores: dict[str, Score]
     advantages: list[float]
-    metrics: dict[str, float]
+
+    def samples(self, count: int, decode: Decode) -> Iterator[dict[str, Any]]:
+        count = min(count, len(self.plan))
+        # Spread over the step, so that several questions and slots are seen.
+        rows = sorted({index * len(self.plan) // count for index in range(count)}) if count else []
+        for row, text in zip(rows, decode(self.rollouts, rows), strict=True):
+            routed = self.plan[row]
+            score, ended = self.scores.get(routed.sample_id), bool(self.rollouts.ended[row])
+            tokens = int(self.rollouts.lengths[row] - self.rollouts.prompt_lengths[row])
+            yield sample_record(routed, text, ended, score, self.advantages[row], tokens)
 
 
 class RunLog:
@@ -40,31 +67,32 @@ class RunLog:
         resume_step: int | None,
         repeats: Collection[str],
         logger: Logger,
-        samples: int,
+        samples: int | None,
+        shown: Mapping[str, str] = SHOWN,
     ):
         """run_dir: None on the ranks that write nothing. repeats: of VALIDATION and EVALUATION, with which of
-        `resume_step` the resumed run begins. samples: rollouts of a step that are written as text."""
+        `resume_step` the resumed run begins. samples: rollouts of a step that are written as text; None: the run has
+        none. shown: metrics beside the bar, with their formats."""
         self._logger = logger
         self._samples = samples
+        self._shown = shown
         self._metrics = self._rollouts = None
         if run_dir is not None:
             self._metrics = JsonLines(run_dir / "metrics.jsonl", resume_step, redo=repeats)
-            self._rollouts = JsonLines(run_dir / "rollouts.jsonl", resume_step)
+            if samples is not None:
+                self._rollouts = JsonLines(run_dir / "rollouts.jsonl", resume_step)
         self._bar = tqdm(
             total=total_steps, initial=resume_step or 0, desc="train", unit="step", disable=run_dir is None
         )
 
-    def step(self, step: int, record: StepRecord, decode: Callable[[Rollouts, Sequence[int]], list[str]]) -> None:
-        """Write a step that is done; `decode` gives the responses of some rows as text."""
+    def step(self, step: int, record: StepRecord, decode: Decode) -> None:
+        """Write a step that is done."""
         self._write("train", step, record.metrics)
-        if self._rollouts is not None:
-            for sample in self._texts(record, decode):
+        if self._rollouts is not None and self._samples is not None:
+            for sample in record.samples(self._samples, decode):
                 self._rollouts.write({"step": step, **sample})
-        self._bar.set_postfix(
-            reward=f"{record.metrics.get('reward', float('nan')):.3f}",
-            gate=f"{record.metrics.get('gate', float('nan')):.2f}",
-            seconds=f"{record.metrics['time/step']:.1f}",
-        )
+        shown = {name: format(record.metrics.get(name, math.nan), form) for name, form in self._shown.items()}
+        self._bar.set_postfix(**shown, seconds=f"{record.metrics['time/step']:.1f}")
         self._bar.update()
 
     def between(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -88,15 +116,3 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.write({"kind": kind, "step": step, **metrics})
             self._logger({f"{kind}/{name}": value for name, value in metrics.items()}, step)
-
-    def _texts(
-        self, record: StepRecord, decode: Callable[[Rollouts, Sequence[int]], list[str]]
-    ) -> Iterator[dict[str, Any]]:
-        count = min(self._samples, len(record.plan))
-        # Spread over the step, so that several questions and slots are seen.
-        rows = sorted({index * len(record.plan) // count for index in range(count)}) if count else []
-        for row, text in zip(rows, decode(record.rollouts, rows), strict=True):
-            routed = record.plan[row]
-            score, ended = record.scores.get(routed.sample_id), bool(record.rollouts.ended[row])
-            tokens = int(record.rollouts.lengths[row] - record.rollouts.prompt_lengths[row])
-            yield sample_record(routed, text, ended, score, record.advantages[row], tokens)

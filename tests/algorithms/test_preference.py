@@ -13,8 +13,10 @@ from nemo_lrpo.algorithms.loss import aggregation_weights, grpo_loss
 from nemo_lrpo.algorithms.preference import (
     PairLoss,
     dpo_loss,
+    dpo_slopes,
     pair_weights,
     reward_gap_loss,
+    reward_gap_slopes,
     row_advantages,
     sequence_logprobs,
 )
@@ -211,6 +213,25 @@ def test_the_update_with_row_advantages_has_the_pair_losss_gradient(kind: str, s
     torch.testing.assert_close(torch.autograd.grad(total, tokens)[0], expected, rtol=1e-6, atol=1e-9)
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, retention=st.floats(0.0, 3.0))
+def test_slopes_by_answer_are_the_gradient_of_the_whole_loss(seed: int, retention: float) -> None:
+    """Of both losses, the third of four pairs not in use; retention is half of c w times the squares of what moved."""
+    present, initial = normal(seed, 4, 4).requires_grad_(), normal(seed + 1, 4, 4)
+    weights = pair_weights(torch.tensor([1, 1, 0, 1]).bool(), 3).double()
+    gap = reward_gap_loss(present[:, 0], present[:, 1], initial[:, 2] - initial[:, 3], weights, beta=1.5).loss
+    held = 0.5 * retention * (weights * (present - initial)[:, 2:].square().sum(dim=1)).sum()
+    found = reward_gap_slopes(present.detach(), initial, weights, beta=1.5, retention=retention)
+    torch.testing.assert_close(found.slopes, torch.autograd.grad(gap + held, present)[0])
+    assert found.normalised and found.metrics["loss"].item() == pytest.approx((gap + held).item())
+    assert found.metrics["retention"].item() == pytest.approx(held.item())
+    columns = (present[:, 0], present[:, 1], initial[:, 0], initial[:, 1])
+    loss = dpo_loss(*columns, weights, beta=0.3, label_smoothing=0.1)
+    found = dpo_slopes(present.detach(), initial, weights, beta=0.3, label_smoothing=0.1)
+    torch.testing.assert_close(found.slopes, torch.autograd.grad(loss.loss, present)[0])
+    assert not found.normalised and found.metrics["loss"].item() == pytest.approx(loss.loss.item())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -225,5 +246,7 @@ def test_what_cannot_be_is_refused(options: dict[str, float], message: str) -> N
 
 
 def test_shapes_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"retention=-1.0.*>= 0"):
+        reward_gap_slopes(normal(0, 4, 4), normal(1, 4, 4), all_used(4), retention=-1.0)
     with pytest.raises(ValueError, match=r"one shape \[P\]; got"):
         reward_gap_loss(*columns(0)[:3], all_used(4))

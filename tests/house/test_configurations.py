@@ -12,10 +12,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.evaluation import EvaluationConfig
-from nemo_lrpo.config.loader import CONFIG_DIR, compose, load_evaluate_config, load_train_config, save_run_config
-from nemo_lrpo.config.schema import TrainConfig
+from nemo_lrpo.config.loader import (
+    CONFIG_DIR,
+    compose,
+    load_evaluate_config,
+    load_offline_config,
+    load_train_config,
+    save_run_config,
+)
+from nemo_lrpo.config.schema import OfflineConfig, TrainConfig
 from nemo_lrpo.serve_rewards import load_config
 
+METHODS = {"dpo": ("dpo", 2), "mapo": ("dpo", 2), "mpo": ("reward_gap", 4)}
+"""Loss and answers of a pair, by the file's name."""
 ROUTERS = sorted(path.stem for path in (CONFIG_DIR / "router").glob("*.yaml"))
 TRT_LLM = {"rollout.backend": "trt_llm"}
 POLICIES = {"default": "hierarchical", "input_dominant": "fixed", "en_dominant": "fixed"}
@@ -56,6 +65,67 @@ def test_shipped_evaluation_configurations_are_valid(name: str, paths: dict[str,
     assert config.evaluation.temperature == 1.0
 
 
+def offline(paths: dict[str, str], **changes: str) -> list[str]:
+    """Overrides of a training over pairs, of the same files."""
+    names = ("run_dir", "pretrained_checkpoint.restore_from_path", "data.train")
+    return overrides({name: paths[name] for name in names}, **changes)
+
+
+def test_every_method_has_a_file() -> None:
+    assert METHODS.keys() == {path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", ["train_offline", "demo_offline"])
+@pytest.mark.parametrize("method", METHODS)
+def test_shipped_configurations_of_training_over_pairs_are_valid(
+    name: str, method: str, paths: dict[str, str], tmp_path: Path
+) -> None:
+    tree = compose(name, offline(paths, method=method))
+    config = load_offline_config(tree)
+    assert (config.method.name, config.method.loss, config.method.rows_per_pair) == (method, *METHODS[method])
+    assert config.rows_per_update == METHODS[method][1] * 64
+    assert (config.algorithm.kl_coefficient, config.algorithm.aggregation) == (0.0, "sequence_mean")
+    hints = typing.get_type_hints(OfflineConfig)
+    sections = [(name, hints[name], tree[name]) for name in ("data", "method", "prompt", "actor")]
+    sections.append(("trainer.lrpo", hints["loop"], tree.trainer.lrpo))
+    assert not [key for name, schema, node in sections for key in missing_keys(schema, node, name)]
+    save_run_config(tree, config.run_dir)
+    assert load_offline_config(OmegaConf.load(tmp_path / "run" / "config.yaml")) == config
+
+
+def test_a_recipe_is_of_use_to_training_over_pairs(paths: dict[str, str]) -> None:
+    config = load_offline_config(compose("train_offline", ["+recipes=llama3.1-8b", *offline(paths)]))
+    assert config.model["tensor_model_parallel_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"method.beta": "0"}, ["method.beta", "> 0.0"]),
+        ({"method.loss": "ipo"}, ["method.loss='ipo'", "'reward_gap'"]),
+        ({"method.retention": "1"}, ["method.retention=1", "loss=reward_gap"]),
+        ({"method": "mpo", "method.label_smoothing": "0.1"}, ["method.label_smoothing=0.1", "loss=dpo"]),
+        ({"data.validation_share": "1"}, ["data.validation_share", "< 1.0"]),
+        ({"data.train": "nowhere.jsonl"}, ["data.train='nowhere.jsonl'", "make_pairs"]),
+        ({"data.validation": "{train}", "data.validation_share": "0.1"}, ["data.validation_share=0.1", "one of them"]),
+        ({"trainer.lrpo.pairs_per_step": "0"}, ["trainer.lrpo.pairs_per_step=0", ">= 1"]),
+        ({"trainer.lrpo.checkpoint.keep_best": "1"}, ["best_metric='validation/accuracy'", "data.validation_share"]),
+        ({"+rollout.backend": "trt_llm"}, ["rollout.backend='trt_llm'", "'megatron'"]),
+        ({"+algorithm.kl_coefficient": "0.1"}, ["unknown key 'algorithm'"]),
+        ({"+router": "{name: uniform}"}, ["unknown key 'router'"]),
+        ({"pretrained_checkpoint.restore_from_path": "nowhere.nemo"}, ["restore_from_path", "nowhere.nemo"]),
+    ],
+)
+def test_mistakes_in_training_over_pairs_are_named(
+    paths: dict[str, str], change: dict[str, str], words: list[str]
+) -> None:
+    change = {key: value.replace("{train}", paths["data.train"]) for key, value in change.items()}
+    with pytest.raises(ConfigError) as refused:
+        load_offline_config(compose("train_offline", offline(paths, **change)))
+    for word in words:
+        assert word in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["serve_rewards", "demo_rewards"])
 def test_shipped_server_configurations_are_valid(name: str, tmp_path: Path) -> None:
     for file in ("encoder/modules.json", "encoder/model.safetensors", "calibration.json"):
@@ -69,7 +139,16 @@ def test_shipped_server_configurations_are_valid(name: str, tmp_path: Path) -> N
 def test_every_shipped_file_is_covered() -> None:
     """A file added to conf/ must be added to these tests."""
     top = {path.stem for path in CONFIG_DIR.glob("*.yaml")}
-    assert top == {"train", "demo", "evaluate", "demo_evaluate", "serve_rewards", "demo_rewards"}
+    assert top == {
+        "train",
+        "demo",
+        "train_offline",
+        "demo_offline",
+        "evaluate",
+        "demo_evaluate",
+        "serve_rewards",
+        "demo_rewards",
+    }
 
 
 def missing_keys(schema: type, node: DictConfig, key: str) -> list[str]:

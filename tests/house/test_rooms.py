@@ -29,7 +29,7 @@ ROOMS = {
     "explang": {"config"},
 }
 """Rooms that a room may import, besides itself and the shared modules."""
-ENTRY_POINTS = {"train", "evaluate", "serve_rewards", "rank", "preflight"}
+ENTRY_POINTS = {"train", "train_offline", "evaluate", "serve_rewards", "rank", "preflight"}
 STACK = {"megatron", "nemo", "nemo_aligner", "apex", "transformer_engine", "tensorrt_llm"}
 STACK_ROOMS = {"actor", "cpu"}
 
@@ -88,6 +88,7 @@ def test_only_entry_points_put_rooms_together() -> None:
         "nemo_lrpo.router",
         "nemo_lrpo.serving.schema",
         "nemo_lrpo.train",
+        "nemo_lrpo.train_offline",
         "nemo_lrpo.preflight",
     ],
 )

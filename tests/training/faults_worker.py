@@ -151,7 +151,7 @@ def one_rank(rank: int, port: int, run: dict[str, Any], log: Path) -> None:
                 inject(**fault)
             with train.exit_readably():
                 tree = compose("demo", run["overrides"])
-                train.run(load_train_config(tree), tree)
+                train.run(load_train_config(tree), tree, train.set_up)
     except SystemExit as stop:
         if not isinstance(stop.code, int):
             print(stop.code, file=sys.stderr, flush=True)
