@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,11 +27,14 @@ from omegaconf import DictConfig
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.evaluation import REWARD
 from nemo_lrpo.config.loader import CONFIG_DIR, load_train_config, save_run_config
+from nemo_lrpo.config.mode import EXPLANG
 from nemo_lrpo.config.schema import TrainConfig
 
 if TYPE_CHECKING:
+    from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.training.stopping import Starts, Stop
     from nemo_lrpo.training.trainer import LrpoTrainer
+    from nemo_lrpo.types import Prompt
 
 
 def run(config: TrainConfig, tree: DictConfig) -> int:
@@ -71,9 +74,7 @@ def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, ro
     ensure_platform()
     from nemo_lrpo.actor.actor import MegatronActor
     from nemo_lrpo.actor.setup import build_policy, check_nemo_sections, data_parallel_size
-    from nemo_lrpo.actor.tokenizer import open_tokenizer
     from nemo_lrpo.actor.watchdog import Watchdog
-    from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.data.reader import contexts, read_prompts
     from nemo_lrpo.data.sampler import PromptSampler
     from nemo_lrpo.evaluate import open_services, open_suite
@@ -81,6 +82,7 @@ def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, ro
     from nemo_lrpo.serving.client import RewardClient
     from nemo_lrpo.tasks import load_tasks
     from nemo_lrpo.training.checkpoint import open_store
+    from nemo_lrpo.training.modes import build_mode
     from nemo_lrpo.training.stopping import is_main_process
     from nemo_lrpo.training.trainer import LrpoTrainer, check_resumable
 
@@ -89,23 +91,26 @@ def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, ro
     train = read_prompts(config.data.train, config.data.languages)
     validation = read_prompts(config.data.validation, config.data.languages) if config.data.validation else []
     validation = validation[: loop.val_prompts] if loop.val_prompts else validation
-    renderer = PromptRenderer(open_tokenizer(config.pretrained_checkpoint.restore_from_path), config.prompt)
-    train = renderer.fitting(train, config.data.languages)
+    renderer = open_renderer(config)
+    train = fitting(config, renderer, train)
     validation = renderer.fitting(validation, config.data.languages)
     tasks = load_tasks(config.evaluation.tasks) if config.evaluation.interval else []
     sampler = PromptSampler(train, loop.prompts_per_step, config.seed, shuffle=config.data.shuffle)
     topics, regions = contexts(train)
     router = build_router(config.router, config.data.languages, topics, regions, config.seed)
     total_steps = planned_steps(config, len(train))
+    mode = build_mode(config.mode, total_steps)
 
     checkpoint = open_store(config.run_dir, loop).latest()
     if checkpoint is not None:
-        check_resumable(checkpoint, config.seed, router.languages, sampler.state_dict())
+        check_resumable(checkpoint, config.seed, router.languages, sampler.state_dict(), mode.name)
     rewards = rooms.enter_context(closing(RewardClient(config.reward)))
     asked = {language for task in tasks if task.verifier == REWARD for language in task.languages}
     rewards.check_server([*config.data.languages, *sorted(asked - set(config.data.languages))])
-    suite = open_suite(config, tasks, open_services(config.evaluation, tasks, rewards, rooms)) if tasks else None
-    if suite is not None:
+    mode.check_service(rewards.identity())
+    suite = None
+    if tasks:
+        suite = open_suite(config, tasks, open_services(config.evaluation, tasks, rewards, rooms, config), mode)
         suite.fit(renderer)
     starts.begin(0 if checkpoint is None else checkpoint.state["step"], main=is_main_process(os.environ))
     policy = build_policy(
@@ -135,12 +140,33 @@ def set_up(config: TrainConfig, tree: DictConfig, stop: Stop, starts: Starts, ro
         },
         stop=stop,
         suite=suite,
+        mode=mode,
     )
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
     if actor.is_main:
         save_run_config(tree, config.run_dir)
     return trainer
+
+
+def open_renderer(config: TrainConfig) -> PromptRenderer:
+    """Prompts for the policy's tokenizer. Raises ConfigError where a mode's responses cannot be written in it."""
+    from nemo_lrpo.actor.tokenizer import open_tokenizer
+    from nemo_lrpo.data.prompts import PromptRenderer
+    from nemo_lrpo.explang.format import check_marks
+    from nemo_lrpo.training.modes import prefill_of
+
+    tokenizer = open_tokenizer(str(config.pretrained_checkpoint.restore_from_path))
+    renderer = PromptRenderer(tokenizer, config.prompt, prefill_of(config.mode))
+    if config.mode.name == EXPLANG:
+        check_marks(config.mode.marks, {*config.data.languages, *config.mode.seen}, renderer.decoded)
+    return renderer
+
+
+def fitting(config: TrainConfig, renderer: PromptRenderer, questions: Sequence[Prompt]) -> list[Prompt]:
+    """The training questions that can be asked in whatever the run makes of them. Raises DataError."""
+    languages = config.data.languages
+    return renderer.fitting(questions, languages, languages if config.mode.forced_rollouts else ())
 
 
 def afterwards(config: TrainConfig) -> str:

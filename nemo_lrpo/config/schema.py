@@ -12,6 +12,7 @@ from typing import Any, Dict
 from nemo_lrpo.config.algorithm import AlgorithmConfig
 from nemo_lrpo.config.data import DataConfig, PromptConfig
 from nemo_lrpo.config.evaluation import EvaluationConfig, TasksConfig
+from nemo_lrpo.config.mode import ModeConfig
 from nemo_lrpo.config.reward import RewardClientConfig
 from nemo_lrpo.config.router import RouterConfig
 from nemo_lrpo.config.training import ActorConfig, LoopConfig, PretrainedConfig, RolloutConfig
@@ -25,6 +26,7 @@ class TrainConfig:
     """Every draw of a run is a function of it, the step, the question and the slot."""
     run_dir: str = "results/run"
     """Directory of logs, checkpoints and the exported .nemo."""
+    mode: ModeConfig = field(default_factory=ModeConfig)
     pretrained_checkpoint: PretrainedConfig = field(default_factory=PretrainedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nemo_lrpo.algorithms.advantages import GroupStatistics, group_advantages
 from nemo_lrpo.config.loader import train_config_tree
+from nemo_lrpo.config.mode import LRPO
 from nemo_lrpo.config.schema import TrainConfig
 from nemo_lrpo.config.training import LoopConfig
 from nemo_lrpo.data.errors import DataError
@@ -30,6 +31,7 @@ from nemo_lrpo.training.failed import FailedSteps, StepParts
 from nemo_lrpo.training.layout import layout_news
 from nemo_lrpo.training.lengths import ExpectedLengths
 from nemo_lrpo.training.metrics import Timer, rollout_metrics
+from nemo_lrpo.training.modes import LrpoMode, Mode, reward_column
 from nemo_lrpo.training.protocols import Actor, Logger, RewardService
 from nemo_lrpo.training.runlog import EVALUATION, VALIDATION, RunLog, StepRecord
 from nemo_lrpo.training.scoring import (
@@ -38,7 +40,6 @@ from nemo_lrpo.training.scoring import (
     RowRefused,
     ScoreCollector,
     StepRefused,
-    has_reward,
 )
 from nemo_lrpo.training.stopping import Stop, describe
 from nemo_lrpo.types import (
@@ -86,8 +87,9 @@ class LrpoTrainer:
         layout: Mapping[str, int],
         stop: Stop,
         suite: Suite | None = None,
+        mode: Mode | None = None,
     ):
-        """suite: the tasks of `config.evaluation`, None where there are none."""
+        """suite: the tasks of `config.evaluation`, None where there are none. mode: None for LRPO."""
         self._config = config
         self._actor = actor
         self._router = router
@@ -103,6 +105,7 @@ class LrpoTrainer:
         self._failed = FailedSteps(Path(config.run_dir) / "failed", actor, train_config_tree(config), facts)
         self._stop = stop
         self._suite = suite
+        self._mode = mode or LrpoMode()
         self._timer = Timer()
         self._step = 0
         self._saved_step: int | None = None
@@ -115,16 +118,17 @@ class LrpoTrainer:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def step(self) -> StepRecord:
-        """One step of LRPO.
+        """One step of LRPO, or of another mode.
 
         questions -> router: a language per rollout -> policy: K answers per question, scored as they are finished
-        -> group advantages over all languages of a question -> GRPO update -> router learns what paid.
+        -> group advantages over all languages of a question -> GRPO update -> router learns what paid. The mode says
+        what the router decides, what a reward is made of and what the router learns (training/modes.py).
         """
         config, time = self._config, self._timer
         with self._failed.left_behind(self._step, unless=self._stop.must_abandon) as parts:
             with time("route"):
                 prompts = self._sampler.next()
-                plan = parts.plan = self._router.route(prompts, config.loop.rollouts_per_prompt, self._step)
+                plan = parts.plan = self._mode.route(self._router, prompts, config.loop.rollouts_per_prompt, self._step)
                 tagged = parts.prompts = self._render(plan)
                 parts.seeds = self._seeds(plan)
                 parts.expected = self._lengths.expect(plan)
@@ -145,22 +149,25 @@ class LrpoTrainer:
                 use=rollouts.ended & rollouts.valid,
                 sampled_logprobs=rollouts.logprobs,
                 languages=tuple(routed.language for routed in plan),
+                divergence=self._mode.diverges(self._step),
             )
+            tokens = (rollouts.lengths - rollouts.prompt_lengths).tolist()
             self._abandon_if_due()
             with time("reference"):
                 self._actor.reference_logprobs(batch)
             with time("score_wait"), self._stop.cancelling(scoring.cancel):
-                scores = parts.scores = scoring.join(self._actor, config.reward.max_missing_share)
-            rewards = reward_column(plan, scores)
-            groups = self._advantages(batch, plan, rewards)
+                found = scoring.join(self._actor, config.reward.max_missing_share)
+            scores = parts.scores = self._mode.judge(plan, found, tokens, self._step)
+            groups = self._advantages(batch, plan, reward_column(plan, scores))
             self._abandon_if_due()
             with time("update"):
                 self._actor.reseed(derive_seed("update", config.seed, self._step))
                 metrics = self._update(parts)
         with time("observe"):
-            self._router.observe(plan, rewards)
-            self._router.observe_costs(plan, cost_column(rollouts, config.router.price.unit))
-            self._lengths.observe(plan, (rollouts.lengths - rollouts.prompt_lengths).tolist())
+            lesson = self._mode.lesson(plan, scores)
+            self._router.observe(lesson.plan, lesson.rewards)
+            self._router.observe_costs(lesson.plan, cost_column(rollouts, config.router.price.unit)[lesson.rows])
+            self._lengths.observe(plan, tokens)
         self._step += 1
         return self._record(plan, rollouts, scores, batch, groups, metrics)
 
@@ -222,6 +229,8 @@ class LrpoTrainer:
         metrics: dict[str, float],
     ) -> StepRecord:
         values = rollout_metrics(plan, rollouts, scores)
+        tokens = (rollouts.lengths - rollouts.prompt_lengths).tolist()
+        values.update(self._mode.metrics(plan, scores, tokens, step=self._step - 1))
         values.update({f"policy/{name}": value for name, value in metrics.items()})
         values.update({f"router/{name}": value for name, value in self._router.metrics().items()})
         values["policy/masked"] = float((~batch.use).sum())
@@ -363,6 +372,7 @@ class LrpoTrainer:
                 max_missing_share=self._config.reward.max_missing_share,
                 stop=self._stop,
                 lengths=self._lengths,
+                mode=self._mode,
             )
         self._validated_step = self._step
         self._metrics |= {f"{VALIDATION}/{name}": value for name, value in result.metrics.items()}
@@ -384,6 +394,7 @@ class LrpoTrainer:
             "layout": self._layout,
             "skipped_in_a_row": self._skipped_in_a_row,
             "lengths": self._lengths.state_dict(),
+            "mode": self._mode.state_dict(),
         }
 
     def save(self, wait: bool = True) -> None:
@@ -409,7 +420,9 @@ class LrpoTrainer:
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` stopped. Raises CheckpointError if it belongs to another run."""
         state = checkpoint.state
-        check_resumable(checkpoint, self._config.seed, self._router.languages, self._sampler.state_dict())
+        check_resumable(
+            checkpoint, self._config.seed, self._router.languages, self._sampler.state_dict(), self._mode.name
+        )
         try:
             self._sampler.load_state_dict(state["data"])
             self._router.load_state_dict(state["router"])
@@ -424,6 +437,8 @@ class LrpoTrainer:
         self._skipped_in_a_row = state.get("skipped_in_a_row", 0)
         # Absent in checkpoints of earlier releases.
         self._lengths.load_state_dict(state.get("lengths", {}))
+        if "mode" in state:
+            self._mode.load_state_dict(state["mode"])
         self._say(f"Continuing after step {self._step} from {checkpoint.path}")
         if news := layout_news(state["layout"], self._layout):
             self._say(news)
@@ -436,11 +451,22 @@ class LrpoTrainer:
 
 
 def check_resumable(
-    checkpoint: Checkpoint, seed: int, languages: Sequence[str], data: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint,
+    seed: int,
+    languages: Sequence[str],
+    data: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> None:
-    """Raise CheckpointError unless the checkpoint has this run's seed and questions, and its languages are among this
-    run's. data: the state of this run's sampler; None leaves the questions out."""
+    """Raise CheckpointError unless the checkpoint has this run's seed, mode and questions, and its languages are among
+    this run's. data: the state of this run's sampler; None leaves the questions out. mode: None leaves it out."""
     state = checkpoint.state
+    # Earlier releases had no other mode, and did not save it.
+    saved_mode = state.get("mode", {"name": LRPO})["name"]
+    if mode not in (None, saved_mode):
+        raise CheckpointError(
+            f"{checkpoint.path}: saved with mode.name={saved_mode}, this run has {mode}. Go on in that mode, or start "
+            "in another run_dir, from a .nemo (pretrained_checkpoint.restore_from_path)."
+        )
     if data is not None and state["data"].get("fingerprint") != data["fingerprint"]:
         raise CheckpointError(
             f"{checkpoint.path}: the questions of data.train are not those that it was saved with "
@@ -459,12 +485,6 @@ def check_resumable(
             f"{checkpoint.path}: saved with seed={state['seed']}, this run has seed={seed}; the same plan and samples "
             "need the same seed."
         )
-
-
-def reward_column(plan: LanguagePlan, scores: Mapping[str, Score]) -> NDArray[np.float64]:
-    """float64 [R]: the reward of each row of `plan`, NaN where there is none."""
-    found = [scores.get(sample_id) for sample_id in plan.sample_ids]
-    return np.array([score.reward if has_reward(score) else np.nan for score in found], np.float64)
 
 
 def cost_column(rollouts: Rollouts, unit: str) -> NDArray[np.float64]:
