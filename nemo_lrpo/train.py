@@ -4,7 +4,8 @@
         reward.endpoint_file=reward.json run_dir=results/run
 
 One process per GPU: start it with srun or torchrun, or plainly for a single one. A run_dir that holds a checkpoint is
-continued. `--help` prints the whole configuration.
+continued. mode=explang trains a policy that chooses the language it thinks in (nemo_lrpo/config/mode.py). `--help`
+prints the whole configuration.
 
 Exit codes: 0 after the last step; 75 where a signal or the job's time limit ended the run early, saved, and the same
 command goes on; 79 where that was in vain several times over; 70 where another rank failed or this one made no

@@ -1,10 +1,11 @@
 """What the modes of training differ in: who chooses languages, what a reward is made of, what the router learns from.
 
-The step is the same for all (training/trainer.py); it asks the mode. On-policy in all of them: the
-update trains on the tokens behind each prompt, and those are drawn from the policy given all that stands before them. A
-thinking language that the policy chose is among them, log pi(tag, rest | question); one that it was made to think in is
-part of the prompt, log pi(rest | question, tag), and is not trained on. Both kinds share the group's mean and standard
-deviation, as all languages of a question do in LRPO: a baseline may be any function of the others' rewards.
+The step is the same for all (training/trainer.py); it asks the mode. All are on-policy: the update trains on the tokens
+behind each prompt, which are drawn from the policy given all that stands before them. A thinking language that the
+policy chose is among them, log pi(tag, rest | question); one that it was made to think in is part of the prompt,
+log pi(rest | question, tag), and is not trained on. Both kinds share the mean and standard deviation of their group, as
+all languages of a question do in LRPO: where a proposed language succeeds and the chosen ones fail, these lose
+probability.
 """
 
 from __future__ import annotations
