@@ -31,11 +31,12 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_lrpo.config.checks import ConfigError
-from nemo_lrpo.config.evaluation import REWARD, TEST, TasksConfig
+from nemo_lrpo.config.evaluation import OWN, REWARD, TEST, TasksConfig
 from nemo_lrpo.config.loader import CONFIG_DIR, config_of_run, load_evaluate_config
+from nemo_lrpo.config.mode import EXPLANG, LRPO
 from nemo_lrpo.config.schema import EvaluateConfig, TrainConfig
-from nemo_lrpo.config.scoring import ScorerConfig, VerifierConfig
-from nemo_lrpo.train import exit_readably
+from nemo_lrpo.config.scoring import ScorerConfig, ThinkingConfig, VerifierConfig
+from nemo_lrpo.train import exit_readably, open_renderer
 
 if TYPE_CHECKING:
     from nemo_lrpo.actor.actor import MegatronActor
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from nemo_lrpo.training.answer_file import AnswerFile
     from nemo_lrpo.training.checkpoint import Checkpoint
     from nemo_lrpo.training.evaluation import Answer, Suite
+    from nemo_lrpo.training.modes import Mode
     from nemo_lrpo.training.protocols import RewardService
     from nemo_lrpo.training.stopping import Starts, Stop
 
@@ -79,11 +81,10 @@ def _evaluate(config: EvaluateConfig, stop: Stop, starts: Starts) -> int | None:
 
     ensure_platform()
     from nemo_lrpo.actor.setup import check_nemo_sections
-    from nemo_lrpo.actor.tokenizer import open_tokenizer
-    from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.tasks import load_tasks
     from nemo_lrpo.training.answer_file import AnswerFile
     from nemo_lrpo.training.evaluation import Answer
+    from nemo_lrpo.training.modes import build_mode
     from nemo_lrpo.training.stopping import is_main_process
 
     with ExitStack() as rooms:
@@ -92,10 +93,13 @@ def _evaluate(config: EvaluateConfig, stop: Stop, starts: Starts) -> int | None:
             settings = config.evaluation
             checkpoint = None if settings.checkpoint is None else find_checkpoint(Path(settings.checkpoint))
             tasks = [_at_most(task, settings.limit) for task in load_tasks(settings.all_tasks())]
-            renderer = PromptRenderer(open_tokenizer(config.pretrained_checkpoint.restore_from_path), config.prompt)
+            renderer = open_renderer(config)
+            mode = build_mode(config.mode, total_steps=0, think_in=settings.think_in)
             rewards = open_rewards(config, tasks, rooms)
-            services = open_services(settings, tasks, rewards, rooms)
-            suite = open_suite(config, tasks, services)
+            if rewards is not None:
+                mode.check_service(rewards.identity())
+            services = open_services(settings, tasks, rewards, rooms, config)
+            suite = open_suite(config, tasks, services, mode)
             suite.fit(renderer)
             items = {(task.name, item.prompt.question_id): item for task in suite.tasks for item in task.items}
 
@@ -250,7 +254,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return found
 
 
-def open_rewards(config: TrainConfig, tasks: Sequence[Task], rooms: ExitStack) -> RewardClient | None:
+def open_rewards(config: EvaluateConfig, tasks: Sequence[Task], rooms: ExitStack) -> RewardClient | None:
     """The reward server, where a task needs it and it serves the task's languages; closed with `rooms`."""
     from nemo_lrpo.serving.client import RewardClient
 
@@ -258,14 +262,19 @@ def open_rewards(config: TrainConfig, tasks: Sequence[Task], rooms: ExitStack) -
     if not asked:
         return None
     rewards = rooms.enter_context(closing(RewardClient(config.reward)))
-    rewards.check_server(sorted({language for task in asked for language in task.languages}))
+    rewards.check_server(sorted({language for task in asked for language in task.languages} | _forced(config)))
     return rewards
 
 
 def open_services(
-    settings: TasksConfig, tasks: Sequence[Task], rewards: RewardService | None, rooms: ExitStack
+    settings: TasksConfig,
+    tasks: Sequence[Task],
+    rewards: RewardService | None,
+    rooms: ExitStack,
+    config: TrainConfig | None = None,
 ) -> dict[str, RewardService]:
-    """What scores each task that is answered in writing: the reward server, or a scorer here, closed with `rooms`."""
+    """What scores each task that is answered in writing: the reward server, or a scorer here, closed with `rooms`.
+    config: of whose mode the answers are; None: of LRPO's."""
     from nemo_lrpo.rewards.local import LocalRewards
     from nemo_lrpo.tasks.task import GENERATE
 
@@ -277,18 +286,33 @@ def open_services(
             assert rewards is not None
             services[task.name] = rewards
             continue
+        thinks = config is not None and config.mode.name == EXPLANG
         scorer = ScorerConfig(
-            languages=task.languages,
+            languages=sorted({*task.languages, *_thinking_languages(config)}) if thinks else task.languages,
             verifiers={task.verifier: VerifierConfig(kind=task.verifier)},
             judge=settings.judge,
             language_id=settings.language_id,
+            thinking=ThinkingConfig(tagged=True, marks=config.mode.marks) if thinks else ThinkingConfig(),
         )
         services[task.name] = rooms.enter_context(closing(LocalRewards(scorer)))
     return services
 
 
-def open_suite(config: TrainConfig, tasks: Sequence[Task], services: Mapping[str, RewardService]) -> Suite:
-    """The tasks with what scores them."""
+def _thinking_languages(config: TrainConfig) -> set[str]:
+    """In which responses may think."""
+    return {*config.data.languages, *config.mode.seen} | _forced(config)
+
+
+def _forced(config: TrainConfig) -> set[str]:
+    """The language that evaluation.think_in names."""
+    named = getattr(config.evaluation, "think_in", None)
+    return set() if named in (None, OWN) else {named}
+
+
+def open_suite(
+    config: TrainConfig, tasks: Sequence[Task], services: Mapping[str, RewardService], mode: Mode | None = None
+) -> Suite:
+    """The tasks with what scores them. mode: None for LRPO."""
     from nemo_lrpo.training.evaluation import Suite
 
     return Suite(
@@ -298,6 +322,7 @@ def open_suite(config: TrainConfig, tasks: Sequence[Task], services: Mapping[str
         languages=config.data.languages,
         seed=config.seed,
         max_missing_share=config.reward.max_missing_share,
+        mode=mode,
     )
 
 
@@ -324,6 +349,8 @@ def _dependencies(
         "rollout": rollout,
         "prompt": asdict(config.prompt),
     }
+    if config.mode.name == EXPLANG:
+        own |= {"mode": asdict(config.mode), "evaluation.think_in": config.evaluation.think_in}
     for task in suite.tasks:
         name = "evaluation.data" if task.name == TEST else f"evaluation.tasks.{task.name}"
         own[name] = task_digest(task)
@@ -338,13 +365,15 @@ def _unlike_the_run(config: EvaluateConfig) -> list[tuple[str, object, object]]:
     if run is None:
         return []
     own = {
+        "mode.name": config.mode.name,
         "prompt.style": config.prompt.style,
         "prompt.chat_template": config.prompt.chat_template,
         "data.languages": list(config.data.languages),
     }
     trained = {name: OmegaConf.select(run, name) for name in own}
-    # A run over pairs has no candidate languages.
+    # A run over pairs has no candidate languages, and runs of earlier releases have no mode.
     trained["data.languages"] = list(trained["data.languages"] or own["data.languages"])
+    trained["mode.name"] = trained["mode.name"] or LRPO
     return [(name, trained[name], here) for name, here in own.items() if trained[name] != here]
 
 

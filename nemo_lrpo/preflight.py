@@ -192,15 +192,12 @@ def predict(config: TrainConfig, base: Mapping[str, Any], rows: int, findings: F
 
 def _check_prompts(config: TrainConfig, findings: Findings) -> None:
     """Questions, chat template and language requests."""
-    from nemo_lrpo.actor.tokenizer import open_tokenizer
     from nemo_lrpo.data.errors import DataError
-    from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.data.reader import read_prompts
+    from nemo_lrpo.train import fitting, open_renderer
 
     with findings.checking("prompts", ConfigError, DataError):
-        tokenizer = open_tokenizer(str(config.pretrained_checkpoint.restore_from_path))
-        renderer = PromptRenderer(tokenizer, config.prompt)
-        questions = renderer.fitting(read_prompts(config.data.train, config.data.languages), config.data.languages)
+        questions = fitting(config, open_renderer(config), read_prompts(config.data.train, config.data.languages))
         if config.loop.prompts_per_step > len(questions):
             what = f"{len(questions)} questions, trainer.lrpo.prompts_per_step={config.loop.prompts_per_step}"
             findings.add("prompts", FAIL, what, "Give more questions, or ask fewer per step.")
@@ -212,6 +209,7 @@ def _check_rewards(config: TrainConfig, findings: Findings, wait: bool) -> None:
     """Whether the reward server answers this node, as the server that the run wants."""
     from nemo_lrpo.serving.client import RewardClient
     from nemo_lrpo.serving.errors import RewardError
+    from nemo_lrpo.training.modes import build_mode
 
     absent = [
         value for _, value in config.reward.sources() if config.reward.endpoint is None and not Path(value).exists()
@@ -219,9 +217,10 @@ def _check_rewards(config: TrainConfig, findings: Findings, wait: bool) -> None:
     if absent and not wait:
         findings.add("reward server", SKIP, f"not up: no {absent[0]}")
         return
-    with findings.checking("reward server", RewardError), closing(RewardClient(config.reward)) as client:
+    with findings.checking("reward server", RewardError, ConfigError), closing(RewardClient(config.reward)) as client:
         client.check_server(config.data.languages)
         identity = client.wait_until_ready(1.0)
+        build_mode(config.mode, total_steps=0).check_service(identity)
         encoder = identity.get("encoder") or "none"
         findings.add("reward server", PASS, f"answers; encoder {encoder}")
 

@@ -4,7 +4,8 @@
         reward.endpoint_file=reward.json run_dir=results/run
 
 One process per GPU: start it with srun or torchrun, or plainly for a single one. A run_dir that holds a checkpoint is
-continued. `--help` prints the whole configuration.
+continued. mode=explang trains a policy that chooses the language it thinks in (nemo_lrpo/config/mode.py). `--help`
+prints the whole configuration.
 
 Exit codes: 0 after the last step; 75 where a signal or the job's time limit ended the run early, saved, and the same
 command goes on; 79 where that was in vain several times over; 70 where another rank failed or this one made no
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -27,16 +28,19 @@ from omegaconf import DictConfig
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.evaluation import REWARD
 from nemo_lrpo.config.loader import CONFIG_DIR, load_train_config, save_run_config
+from nemo_lrpo.config.mode import EXPLANG
 from nemo_lrpo.config.schema import RunConfig, TrainConfig
 from nemo_lrpo.config.training import StepsConfig
 
 if TYPE_CHECKING:
     from nemo_lrpo.actor.actor import MegatronActor
     from nemo_lrpo.actor.setup import Policy
+    from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.training.checkpoint import Checkpoint
     from nemo_lrpo.training.loop import TrainingLoop
     from nemo_lrpo.training.stopping import Starts, Stop
     from nemo_lrpo.training.trainer import LrpoTrainer
+    from nemo_lrpo.types import Prompt
 
 C = TypeVar("C", bound=RunConfig)
 SetUp = Callable[[C, "Stop", "Starts", ExitStack], "tuple[TrainingLoop, MegatronActor]"]
@@ -75,8 +79,6 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
 
     ensure_platform()
     from nemo_lrpo.actor.setup import check_nemo_sections
-    from nemo_lrpo.actor.tokenizer import open_tokenizer
-    from nemo_lrpo.data.prompts import PromptRenderer
     from nemo_lrpo.data.reader import contexts, read_prompts
     from nemo_lrpo.data.sampler import PromptSampler
     from nemo_lrpo.evaluate import open_services, open_suite
@@ -84,6 +86,7 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
     from nemo_lrpo.serving.client import RewardClient
     from nemo_lrpo.tasks import load_tasks
     from nemo_lrpo.training.checkpoint import open_store
+    from nemo_lrpo.training.modes import build_mode
     from nemo_lrpo.training.trainer import LrpoTrainer, check_resumable
 
     check_nemo_sections(config)
@@ -91,23 +94,26 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
     train = read_prompts(config.data.train, config.data.languages)
     validation = read_prompts(config.data.validation, config.data.languages) if config.data.validation else []
     validation = validation[: loop.val_prompts] if loop.val_prompts else validation
-    renderer = PromptRenderer(open_tokenizer(config.pretrained_checkpoint.restore_from_path), config.prompt)
-    train = renderer.fitting(train, config.data.languages)
+    renderer = open_renderer(config)
+    train = fitting(config, renderer, train)
     validation = renderer.fitting(validation, config.data.languages)
     tasks = load_tasks(config.evaluation.tasks) if config.evaluation.interval else []
     sampler = PromptSampler(train, loop.prompts_per_step, config.seed, shuffle=config.data.shuffle)
     topics, regions = contexts(train)
     router = build_router(config.router, config.data.languages, topics, regions, config.seed)
     total_steps = planned_steps(loop, len(train), loop.prompts_per_step)
+    mode = build_mode(config.mode, total_steps)
 
     checkpoint = open_store(config.run_dir, loop).latest()
     if checkpoint is not None:
-        check_resumable(checkpoint, config.seed, router.languages, sampler.state_dict())
+        check_resumable(checkpoint, config.seed, router.languages, sampler.state_dict(), mode.name)
     rewards = rooms.enter_context(closing(RewardClient(config.reward)))
     asked = {language for task in tasks if task.verifier == REWARD for language in task.languages}
     rewards.check_server([*config.data.languages, *sorted(asked - set(config.data.languages))])
-    suite = open_suite(config, tasks, open_services(config.evaluation, tasks, rewards, rooms)) if tasks else None
-    if suite is not None:
+    mode.check_service(rewards.identity())
+    suite = None
+    if tasks:
+        suite = open_suite(config, tasks, open_services(config.evaluation, tasks, rewards, rooms, config), mode)
         suite.fit(renderer)
     actor, policy = start_actor(config, checkpoint, total_steps, starts, rooms)
     trainer = LrpoTrainer(
@@ -123,6 +129,7 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
         layout=parallel_layout(config),
         stop=stop,
         suite=suite,
+        mode=mode,
     )
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
@@ -162,6 +169,26 @@ def parallel_layout(config: RunConfig) -> dict[str, int]:
         "pipeline": config.model["pipeline_model_parallel_size"],
         "data": data_parallel_size(config),
     }
+
+
+def open_renderer(config: TrainConfig) -> PromptRenderer:
+    """Prompts for the policy's tokenizer. Raises ConfigError where a mode's responses cannot be written in it."""
+    from nemo_lrpo.actor.tokenizer import open_tokenizer
+    from nemo_lrpo.data.prompts import PromptRenderer
+    from nemo_lrpo.explang.format import check_marks
+    from nemo_lrpo.training.modes import prefill_of
+
+    tokenizer = open_tokenizer(str(config.pretrained_checkpoint.restore_from_path))
+    renderer = PromptRenderer(tokenizer, config.prompt, prefill_of(config.mode))
+    if config.mode.name == EXPLANG:
+        check_marks(config.mode.marks, {*config.data.languages, *config.mode.seen}, renderer.decoded)
+    return renderer
+
+
+def fitting(config: TrainConfig, renderer: PromptRenderer, questions: Sequence[Prompt]) -> list[Prompt]:
+    """The training questions that can be asked in whatever the run makes of them. Raises DataError."""
+    languages = config.data.languages
+    return renderer.fitting(questions, languages, languages if config.mode.forced_rollouts else ())
 
 
 def afterwards(config: RunConfig) -> str:

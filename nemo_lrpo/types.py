@@ -55,7 +55,8 @@ class RoutedPrompt:
     """One rollout-to-be: a question, its slot in the group and the language that the router gave it.
 
     `probability` is that of `language` under the distribution that the slot was filled from (epsilon mixture
-    included); 1.0 for reserved and fixed slots. `origin` is one of the ORIGIN_* constants.
+    included); 1.0 for reserved and fixed slots. `origin` is one of the ORIGIN_* constants. `thinking`: the language
+    that the policy is made to think in (mode explang), None where it chooses, or does not think in blocks.
     """
 
     prompt: Prompt
@@ -64,6 +65,7 @@ class RoutedPrompt:
     language: str
     origin: str
     probability: float
+    thinking: str | None = None
 
     @property
     def sample_id(self) -> str:
@@ -78,10 +80,15 @@ class RoutedPrompt:
 
 @dataclass(frozen=True)
 class TaggedPrompt:
-    """A routed prompt as the policy reads it: chat template and language tag applied, tokenised once."""
+    """A routed prompt as the policy reads it: chat template and language tag applied, tokenised once.
+
+    prefilled: the response's beginning that the last of `token_ids` are made of, where the policy is not left to choose
+    it; "" where it writes the response from the start. Being part of the prompt, it is not trained on.
+    """
 
     routed: RoutedPrompt
     token_ids: tuple[int, ...]
+    prefilled: str = ""
 
     @property
     def sample_id(self) -> str:
@@ -121,6 +128,7 @@ class TrainingBatch:
     tokens: int64 [N, S]. prompt_lengths, lengths: int64 [N]. advantages: float32 [N], 0 where `use` is False.
     use: bool [N], False masks the sample in numerator and denominator alike (no end, invalid ids, no reward).
     sampled_logprobs: float32 [N, S], `Rollouts.logprobs`; languages: the N requested ones, where those are given.
+    divergence: whether the loss has the divergence from the initial policy; False: as with algorithm.kl_coefficient=0.
     All tensors on the CPU; the actor moves its own share.
     """
 
@@ -131,6 +139,7 @@ class TrainingBatch:
     use: torch.Tensor
     sampled_logprobs: torch.Tensor | None = None
     languages: tuple[str, ...] = ()
+    divergence: bool = True
 
 
 @dataclass(frozen=True)

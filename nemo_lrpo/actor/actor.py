@@ -49,6 +49,7 @@ class MegatronActor:
         self._engine: RolloutEngine = build_engine(policy.model, config.rollout)
         self._tokenizer = policy.model.tokenizer
         self._reference: torch.Tensor | None = None
+        self._divergence = True
         self._mismatch = Mismatch(config.rollout.mismatch)
         self._on_progress = on_progress
         policy.model.on_micro_batch = partial(on_progress, "passes through the model")
@@ -266,7 +267,7 @@ class MegatronActor:
         return collectives.sum_over_ranks(totals)
 
     def reference_logprobs(self, batch: TrainingBatch) -> None:
-        if self._config.algorithm.kl_coefficient == 0:
+        if self._config.algorithm.kl_coefficient == 0 or not batch.divergence:
             return
         self._on_progress("the reference's log-probs")
         rows = self._share(batch)
@@ -278,6 +279,7 @@ class MegatronActor:
 
     def update(self, batch: TrainingBatch) -> dict[str, float]:
         algorithm = self._config.algorithm
+        self._divergence = batch.divergence
         rows = self._share(batch)
         mask = response_mask(batch)
         share: Batch = {
@@ -369,7 +371,7 @@ class MegatronActor:
             batch["weights"],
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
-            kl_coefficient=algorithm.kl_coefficient,
+            kl_coefficient=algorithm.kl_coefficient if self._divergence else 0.0,
             kl_estimator=algorithm.kl_estimator,
             importance=self._mismatch.weights(old, batch),
         )

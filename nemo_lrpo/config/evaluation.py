@@ -26,6 +26,8 @@ VERIFIER_OF_KIND = {
 """What scores the answers of each kind of task, by verifier (rewards/build.py)."""
 METHODS = ("logprob", "generate", "both")
 CANDIDATES = ("letter", "text")
+OWN = "question"
+"""`think_in`: each question's own language."""
 
 
 @dataclass
@@ -114,6 +116,9 @@ class EvaluationConfig(TasksConfig):
     """A training checkpoint, `run_dir/checkpoints/step_N`, or a run_dir, whose newest is taken: its weights in place of
     the .nemo's. Without pretrained_checkpoint.restore_from_path the .nemo is the one that the run started from.
     model.peft is the run's; where its config.yaml is not in run_dir, give it."""
+    think_in: Optional[str] = None
+    """With mode=explang: the language that the policy is made to think in, an ISO 639-1 code; or question: that of each
+    question. null: it chooses. The tag is prefilled; multiple choice by log-prob has none."""
     limit: int = 0
     """Of `data`: at most so many questions, the first of the file; 0: all."""
     overwrite: bool = False
@@ -122,6 +127,8 @@ class EvaluationConfig(TasksConfig):
     def check(self, key: str) -> None:
         super().check(key)
         check_range(f"{key}.limit", self.limit, at_least=0)
+        if self.think_in not in (None, OWN) and not re.fullmatch("[a-z]{2}", self.think_in or ""):
+            raise ConfigError(f"{key}.think_in={self.think_in!r} is none; accepted: a language such as de, or {OWN}.")
         if self.data is not None and TEST in self.tasks:
             raise ConfigError(f"{key}.tasks.{TEST}: {key}.data is the task of that name; give this one another.")
         if self.data is None and not self.tasks:

@@ -13,6 +13,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from nemo_lrpo.config.checks import ConfigError, unknown_key_message
 from nemo_lrpo.config.evaluation import needs_reward_server
+from nemo_lrpo.config.mode import EXPLANG
 from nemo_lrpo.config.schema import EvaluateConfig, OfflineConfig, RunConfig, TrainConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -77,9 +78,14 @@ def read_train_config(tree: DictConfig) -> TrainConfig:
 def load_evaluate_config(tree: DictConfig) -> EvaluateConfig:
     """`conf/evaluate.yaml` with overrides, typed and checked. Raises ConfigError before any work starts."""
     config = _load(EvaluateConfig, tree)
-    for name in ("prompt", "rollout", "actor", "evaluation"):
+    for name in ("mode", "prompt", "rollout", "actor", "evaluation"):
         getattr(config, name).check(name)
     config.loop.stop.check("trainer.lrpo.stop")
+    if config.evaluation.think_in is not None and config.mode.name != EXPLANG:
+        raise ConfigError(
+            f"evaluation.think_in={config.evaluation.think_in!r} needs mode=explang, and mode.name="
+            f"{config.mode.name!r}; give mode=explang, or null."
+        )
     if needs_reward_server(config.evaluation.all_tasks()):
         config.reward.check("reward")
     run = config_of_run(Path(config.evaluation.checkpoint)) if config.evaluation.checkpoint else None
@@ -150,7 +156,7 @@ def _load(schema: type[C], tree: DictConfig) -> C:
 
 def check_train_config(config: TrainConfig) -> None:
     """Check every section, then the rules that span sections."""
-    for name in ("data", "prompt", "router", "rollout", "reward", "algorithm", "actor", "evaluation"):
+    for name in ("mode", "data", "prompt", "router", "rollout", "reward", "algorithm", "actor", "evaluation"):
         getattr(config, name).check(name)
     config.loop.check("trainer.lrpo")
     _check_base_model(config)
@@ -161,6 +167,7 @@ def check_train_config(config: TrainConfig) -> None:
             f"trainer.lrpo.rollouts_per_prompt={config.loop.rollouts_per_prompt}; a group has only that many slots."
         )
     _check_groups(config)
+    _check_mode(config)
     _check_engine(config)
     _check_best_metric(config)
     if config.evaluation.interval == 0 and config.evaluation.tasks:
@@ -204,6 +211,25 @@ def _check_groups(config: TrainConfig) -> None:
     least = config.router.diversity.min_languages
     if least > count:
         raise ConfigError(f"router.diversity.min_languages={least} exceeds the {count} languages of data.languages.")
+
+
+def _check_mode(config: TrainConfig) -> None:
+    """What the router is asked for in explang against the group, and what it does there."""
+    mode, per_prompt = config.mode, config.loop.rollouts_per_prompt
+    if mode.name != EXPLANG:
+        return
+    if mode.forced_rollouts > per_prompt:
+        raise ConfigError(
+            f"mode.forced_rollouts={mode.forced_rollouts} exceeds trainer.lrpo.rollouts_per_prompt={per_prompt}; a "
+            "group has only that many rollouts."
+        )
+    if 0 < mode.forced_rollouts < config.router.reserved_slots:
+        raise ConfigError(
+            f"router.reserved_slots={config.router.reserved_slots} exceeds "
+            f"mode.forced_rollouts={mode.forced_rollouts}, in which they count; lower it (0: the router draws all)."
+        )
+    if config.router.rollouts.adaptive:
+        raise ConfigError("router.rollouts.adaptive=true is not for mode=explang; accepted: false.")
 
 
 def _check_engine(config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Dict
 from nemo_lrpo.config.algorithm import AlgorithmConfig
 from nemo_lrpo.config.data import DataConfig, PromptConfig
 from nemo_lrpo.config.evaluation import EvaluationConfig, TasksConfig
+from nemo_lrpo.config.mode import ModeConfig
 from nemo_lrpo.config.pairs import MethodConfig, PairDataConfig
 from nemo_lrpo.config.reward import RewardClientConfig
 from nemo_lrpo.config.router import RouterConfig
@@ -65,6 +66,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """The whole of `conf/train.yaml`."""
 
+    mode: ModeConfig = field(default_factory=ModeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     reward: RewardClientConfig = field(default_factory=RewardClientConfig)

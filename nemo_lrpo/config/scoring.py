@@ -11,6 +11,7 @@ from typing import Dict, List, Optional
 from urllib.parse import urlsplit
 
 from nemo_lrpo.config.checks import ConfigError, check_choice, check_directory, check_file, check_range
+from nemo_lrpo.config.explang import MarksConfig
 
 
 def _languages() -> List[str]:
@@ -229,6 +230,22 @@ class VerifierConfig:
                 raise ConfigError(f"{key}.pattern={self.pattern!r} has no group (...) that marks the answer.")
 
 
+@dataclass
+class ThinkingConfig:
+    """Responses of nemo_lrpo.train mode=explang: a thinking language's tag, a thinking block, an answer."""
+
+    tagged: bool = False
+    """true: responses are such. r_lang is whether the thinking block is in the language of its tag, one of `languages`
+    (with language_id.gate=off it is judged as by `response`, and does not enter the reward); verifiers read the answer,
+    and a response that is not whole has r_qual = 0. The flags selected:<language> and defect:<name> say what was read,
+    the measure answer_language whether the answer is in the requested language, where that can be said."""
+    marks: MarksConfig = field(default_factory=MarksConfig)
+    """As the run's mode.marks."""
+
+    def check(self, key: str) -> None:
+        self.marks.check(f"{key}.marks")
+
+
 def _verifiers() -> Dict[str, VerifierConfig]:
     return {"similarity": VerifierConfig()}
 
@@ -249,6 +266,8 @@ class ScorerConfig:
     """Behind a verifier of kind judge."""
     language_id: LanguageIdConfig = field(default_factory=LanguageIdConfig)
     """Behind r_lang."""
+    thinking: ThinkingConfig = field(default_factory=ThinkingConfig)
+    """What of a response is judged."""
 
     def check(self, key: str = "") -> None:
         """Raise ConfigError unless a scorer can be built. `key` is the section's name, empty at the top level."""
@@ -271,6 +290,7 @@ class ScorerConfig:
         if "judge" in kinds:
             self.judge.check(f"{at}judge")
         self.language_id.check(f"{at}language_id")
+        self.thinking.check(f"{at}thinking")
 
 
 def _refuse_pickled_weights(key: str, path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,15 @@ _MEASURED_AT_ONCE = 256
 _EXAMPLE = ("What is the currency of Japan?", "en")
 
 
+@dataclass(frozen=True)
+class Prefill:
+    """The beginning of the responses that are made to think in a language. text: by language; follows: what the policy
+    writes next in such a response."""
+
+    text: Callable[[str], str]
+    follows: str
+
+
 class PromptRenderer:
     """Applies the language request, the chat template and the tokenizer.
 
@@ -39,10 +49,17 @@ class PromptRenderer:
 
     A question is tokenised once, a language once (nemo_lrpo/data/halves.py); the ids are those of the chat template
     tokenised in full. Where template or tokenizer do not allow it, the latter is what is done.
+
+    A row with a `thinking` language gets the prefill's text for it behind the template, in the tokens with which the
+    policy would begin a response so by itself; ConfigError where the tokenizer allows no such seam.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig, prefill: Prefill | None = None
+    ) -> None:
         """Raises ConfigError where there is no chat template, or one that does not carry the language request."""
+        self._prefill = prefill
+        self._tails: dict[str, TokenIds] = {}
         self._tokenizer = tokenizer
         self._config = config
         self._template = _read_template(config.chat_template) if config.chat_template else None
@@ -76,7 +93,7 @@ class PromptRenderer:
         questions, languages = [row.prompt.question for row in rows], [row.language for row in rows]
         joined = self._halves.join(questions, languages)
         tagged = [
-            TaggedPrompt(row, self._in_full(row.prompt.question, row.language) if ids is None else ids)
+            self._prefilled(row, self._in_full(row.prompt.question, row.language) if ids is None else ids)
             for row, ids in zip(rows, joined)
         ]
         limit = self._config.max_tokens
@@ -90,17 +107,26 @@ class PromptRenderer:
 
     def tokens_of(self, text: str) -> TokenIds:
         """What an answer of `text` is made of, without special tokens."""
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._ids(text)
 
-    def fitting(self, prompts: Sequence[Prompt], languages: Sequence[str]) -> list[Prompt]:
+    def decoded(self, text: str) -> str:
+        """`text` as it comes back when it was an answer of the policy: without special tokens."""
+        return self._tokenizer.decode(
+            list(self.tokens_of(text)), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def fitting(
+        self, prompts: Sequence[Prompt], languages: Sequence[str], thinking: Sequence[str] = ()
+    ) -> list[Prompt]:
         """The questions whose prompt has at most `max_tokens` tokens in every language that the router may choose:
-        their fixed one, else all `languages`.
+        their fixed one, else all `languages`; and prefilled with each of the `thinking` languages.
 
         Over-long ones raise DataError naming the longest, or are left out and counted, by `prompt.over_long`. Raises
         DataError where nothing is left of a data set.
         """
         limit = self._config.max_tokens
-        longest = self._longest(prompts, languages)
+        room = max((len(self._tail(language)) for language in thinking), default=0)
+        longest = [tokens + room for tokens in self._longest(prompts, languages)]
         over = sorted((i for i in range(len(prompts)) if longest[i] > limit), key=lambda i: -longest[i])
         if not over:
             return list(prompts)
@@ -135,9 +161,33 @@ class PromptRenderer:
         bar.close()
         return longest
 
-    def _encode(self, question: str, language: str) -> TokenIds:
+    def _prefilled(self, row: RoutedPrompt, ids: TokenIds) -> TaggedPrompt:
+        if row.thinking is None:
+            return TaggedPrompt(row, ids)
+        assert self._prefill is not None
+        return TaggedPrompt(row, ids + self._tail(row.thinking), self._prefill.text(row.thinking))
+
+    def _tail(self, language: str) -> TokenIds:
+        """The prefill's tokens, as they are at the beginning of a response."""
+        if language not in self._tails:
+            assert self._prefill is not None
+            prompt, text = self.text(*_EXAMPLE), self._prefill.text(language)
+            own, whole, longer = (self._ids(prompt + response) for response in ("", text, text + self._prefill.follows))
+            if whole[: len(own)] != own or longer[: len(whole)] != whole:
+                raise ConfigError(
+                    f"a response cannot be made to begin with {text!r}: the tokenizer joins its ends with the chat "
+                    "template before it or the thinking block after it, so that the policy would begin it with other "
+                    "tokens. Give other mode.marks."
+                )
+            self._tails[language] = whole[len(own) :]
+        return self._tails[language]
+
+    def _ids(self, text: str) -> TokenIds:
         # The template writes the special tokens itself.
-        return tuple(self._tokenizer(self.text(question, language), add_special_tokens=False)["input_ids"])
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _encode(self, question: str, language: str) -> TokenIds:
+        return self._ids(self.text(question, language))
 
     def _request(self, language: str) -> str:
         return language_tag(language) if self._config.style == "tag" else system_prompt(language)

@@ -14,10 +14,11 @@ in the tag white space. Nothing else: an output that is not exactly this has a d
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from enum import Enum
 
+from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.explang import MarksConfig
 
 # White space; soft hyphen, Arabic letter mark, zero-width space, direction marks and embeddings, word joiner, isolates,
@@ -58,6 +59,11 @@ class Parsed:
     answer: str
     defect: Defect | None
 
+    @property
+    def thinks(self) -> bool:
+        """Whether a language was chosen and there is something in the thinking block, closed or not."""
+        return self.language is not None and _after_gap(self.thinking, 0) < len(self.thinking)
+
 
 def parse(text: str, marks: MarksConfig, languages: Collection[str]) -> Parsed:
     """The parts of `text`, any string at all, in time linear in its length. `languages`: codes that may be chosen."""
@@ -87,13 +93,31 @@ def parse(text: str, marks: MarksConfig, languages: Collection[str]) -> Parsed:
 
 
 def tag(language: str, marks: MarksConfig) -> str:
-    """The tag that chooses `language`: what a forced choice is prefilled with."""
+    """The tag that chooses `language`."""
     return f"{marks.language_open}{language}{marks.language_close}"
+
+
+def forced(language: str, marks: MarksConfig) -> str:
+    """What an output is prefilled with to force `language`: the beginning of every output that `render` makes of it, up
+    to the thinking block. The line's end belongs to it: many tokenizers have it in one token with the mark before."""
+    return f"{tag(language, marks)}\n"
+
+
+def check_marks(marks: MarksConfig, languages: Collection[str], decoded: Callable[[str], str]) -> None:
+    """Raise ConfigError unless outputs survive the tokenizer. decoded: a text as it comes back when it was written by
+    the policy; special tokens are dropped there."""
+    for language in languages:
+        text = render(language, "1", "2", marks)
+        if parse(decoded(text), marks, languages) != Parsed(language, "1", "2", None):
+            raise ConfigError(
+                f"mode.marks: the tokenizer gives {text!r} back as {decoded(text)!r}. Give marks of plain text, or of "
+                "tokens that are not special ones."
+            )
 
 
 def render(language: str, thinking: str, answer: str, marks: MarksConfig) -> str:
     """The output with these parts. Raises ValueError, naming the defect, where it would not be whole."""
-    text = f"{tag(language, marks)}\n{marks.thinking_open}\n{thinking}\n{marks.thinking_close}\n\n{answer}"
+    text = f"{forced(language, marks)}{marks.thinking_open}\n{thinking}\n{marks.thinking_close}\n\n{answer}"
     parsed = parse(text, marks, (language,))
     if parsed.defect:
         raise ValueError(f"these parts make no whole output: {parsed.defect.value}.")

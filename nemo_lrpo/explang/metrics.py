@@ -17,7 +17,8 @@ COMPLIANT_FROM = 0.5
 def outcome_metrics(
     outcomes: Sequence[Outcome], seen: Collection[str], correct_from: float, stage: str | None = None
 ) -> dict[str, float]:
-    """Over all responses, and with the endings `/<language>`, `/seen`, `/unseen` over those that chose such a language:
+    """Over all responses, and with the endings `/<language>`, `/seen`, `/unseen` over those in such a chosen or forced
+    thinking language:
 
     count                   responses
     well_formed, compliance, tokens
@@ -30,6 +31,7 @@ def outcome_metrics(
     Responses without a verdict enter none of the last four and are counted as `unverified`. A mean over nothing has no
     entry. Over all responses only:
 
+    forced                  share whose language was forced; they enter none of what follows but the defects
     selected/<language>     share that chose it, also as selected_<stage>/<language> where `stage` is given;
                             selected/seen, /unseen, /none likewise
     languages_effective     exp of the entropy of the chosen languages: n where n are chosen equally often, 1 where one
@@ -37,21 +39,26 @@ def outcome_metrics(
     defect/<name>           share with this defect
     """
     values: dict[str, float] = {}
-    chosen = Counter(outcome.language for outcome in outcomes if outcome.language is not None)
+    free = [outcome for outcome in outcomes if not outcome.forced]
+    chosen = Counter(outcome.language for outcome in free if outcome.language is not None)
+    spoken = dict.fromkeys(outcome.language for outcome in outcomes if outcome.language is not None)
     scopes: dict[str, Callable[[Outcome], bool]] = {
         "": lambda _: True,
         "/seen": lambda o: o.language is not None and o.language in seen,
         "/unseen": lambda o: o.language is not None and o.language not in seen,
     }
-    scopes |= {f"/{language}": lambda o, language=language: o.language == language for language in chosen}
+    scopes |= {f"/{language}": lambda o, language=language: o.language == language for language in spoken}
     for suffix, belongs in scopes.items():
         part = [outcome for outcome in outcomes if belongs(outcome)]
         values |= {name + suffix: value for name, value in _facts(part, correct_from).items()}
     if not outcomes:
         return values
-    shares = {language: count / len(outcomes) for language, count in chosen.items()}
-    shares["seen"], shares["unseen"] = (values[f"count/{kind}"] / len(outcomes) for kind in ("seen", "unseen"))
-    shares["none"] = 1.0 - chosen.total() / len(outcomes)
+    values["forced"] = 1.0 - len(free) / len(outcomes)
+    shares = {language: count / len(free) for language, count in chosen.items()}
+    if free:
+        shares["seen"] = sum(share for language, share in shares.items() if language in seen)
+        shares["unseen"] = chosen.total() / len(free) - shares["seen"]
+        shares["none"] = 1.0 - chosen.total() / len(free)
     for prefix in ("selected", f"selected_{stage}") if stage else ("selected",):
         values |= {f"{prefix}/{name}": share for name, share in shares.items()}
     defects = Counter(outcome.defect for outcome in outcomes)

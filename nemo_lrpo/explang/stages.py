@@ -18,10 +18,6 @@ class Stage:
     name: str
     weights: StageConfig
 
-    def kl_coefficient(self, configured: float) -> float:
-        """algorithm.kl_coefficient as this stage has it."""
-        return configured if self.weights.kl else 0.0
-
 
 def exploration_steps(config: ExplangConfig, total_steps: int) -> int:
     """How many steps are exploration: the share of `total_steps`, rounded up."""
@@ -29,8 +25,8 @@ def exploration_steps(config: ExplangConfig, total_steps: int) -> int:
     return math.ceil(round(config.exploration_share * total_steps, 6))
 
 
-def stage_of(config: ExplangConfig, step: int, total_steps: int) -> Stage:
-    """The stage of `step`, counted from 0, in a run of `total_steps`."""
-    if step < exploration_steps(config, total_steps):
+def stage_of(config: ExplangConfig, step: int, exploring: int) -> Stage:
+    """The stage of `step`, counted from 0, in a run whose first `exploring` steps are exploration."""
+    if step < exploring:
         return Stage(EXPLORATION, config.exploration)
     return Stage(EXPLOITATION, config.exploitation)

@@ -17,12 +17,14 @@ import torch
 from tqdm import tqdm
 
 from nemo_lrpo.config.evaluation import REWARD, TasksConfig
+from nemo_lrpo.config.mode import EXPLANG
 from nemo_lrpo.data.prompts import PromptRenderer
 from nemo_lrpo.seeding import derive_seed
 from nemo_lrpo.tasks.task import LOGPROB, Item, Task
 from nemo_lrpo.training.intervals import Averages, Interval, averages, bootstrap_seed
 from nemo_lrpo.training.lengths import ExpectedLengths
 from nemo_lrpo.training.metrics import Measured, answer_metrics, rollout_metrics, sample_record
+from nemo_lrpo.training.modes import LrpoMode, Mode
 from nemo_lrpo.training.protocols import Actor, RewardService
 from nemo_lrpo.training.scoring import ScoreCollector, StepRefused, has_reward
 from nemo_lrpo.training.stopping import Stop
@@ -60,15 +62,17 @@ def evaluate(
     max_missing_share: float,
     stop: Stop | None = None,
     lengths: ExpectedLengths | None = None,
+    mode: Mode | None = None,
 ) -> Evaluation:
     """Answer and score `prompts`; all ranks call it, all get the result. temperature 0 is greedy. `lengths`: how long
-    answers are known to be.
+    answers are known to be. mode: None for LRPO.
 
     With `stop`, it is given up where that says so: StepAbandoned, or RewardsUnavailable while waiting for scores.
 
     The seed of an answer is a function of (seed, question id), so that two policies are compared on the same draws.
     """
-    plan = _plan(prompts)
+    mode = mode or LrpoMode()
+    plan = _plan(prompts, mode)
     scoring = ScoreCollector(rewards, plan)
     seeds = [derive_seed("evaluation", seed, prompt.question_id) for prompt in prompts]
     should_stop = None if stop is None else stop.must_abandon
@@ -76,12 +80,15 @@ def evaluate(
     rollouts = scoring.generate(actor, renderer.render_all(plan), seeds, temperature, should_stop, expected)
     with nullcontext() if stop is None else stop.cancelling(scoring.cancel):
         scores = scoring.join(actor, max_missing_share)
-    return Evaluation(plan, rollouts, scores, rollout_metrics(plan, rollouts, scores))
+    tokens = (rollouts.lengths - rollouts.prompt_lengths).tolist()
+    metrics = rollout_metrics(plan, rollouts, scores) | mode.metrics(plan, scores, tokens)
+    return Evaluation(plan, rollouts, scores, metrics)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the policy answered to `item`. `tokens`: of the answer, None where the answer was an option's log-prob."""
+    """What the policy answered to `item`. `tokens`: of the answer, None where the answer was an option's log-prob.
+    `thinking`: the language that it was made to think in."""
 
     item: Item
     text: str
@@ -89,6 +96,12 @@ class Answer:
     ended: bool
     valid: bool
     score: Score | None
+    thinking: str | None = None
+
+    @property
+    def routed(self) -> RoutedPrompt:
+        """What was answered."""
+        return _routed(self.item.prompt, self.thinking)
 
     @property
     def measured(self) -> Measured:
@@ -96,8 +109,7 @@ class Answer:
 
     def record(self, task: str) -> dict[str, Any]:
         """As a readable JSON object."""
-        (routed,) = _plan([self.item.prompt])
-        sample = sample_record(routed, self.text, self.ended, self.score, None)
+        sample = sample_record(self.routed, self.text, self.ended, self.score, None)
         return {"task": task, **sample, "parallel": self.item.parallel, "tokens": self.tokens, "valid": self.valid}
 
     @classmethod
@@ -111,6 +123,7 @@ class Answer:
             record["ended"],
             record["valid"],
             None if score is None else Score(**{**score, "flags": tuple(score["flags"])}),
+            record.get("thinking"),
         )
 
 
@@ -130,7 +143,8 @@ class TaskResult:
 
     def flat(self) -> dict[str, float]:
         """`<task>/<metric>` in all, `.../<metric>/de` by language, `.../<metric>_macro`, `_seen`, `_unseen` with `_low`
-        and `_high`; `.../grade/<name>` as shares; `.../count`, `missing` and `wrong_language` as numbers."""
+        and `_high`; `.../grade/<name>` as shares; `.../count`, `missing` and `wrong_language` as numbers; what the mode
+        measures, by its names."""
         found, name = self.averages, f"{self.task.name}/{self.metric}"
         values = {name: found.all.mean, f"{self.task.name}/wrong_language": float(self.wrong_language)}
         values |= {f"{name}/{language}": one.mean for language, one in found.languages.items()}
@@ -144,7 +158,11 @@ class TaskResult:
         total = max(sum(self.grades.values()), 1)
         values |= {f"{self.task.name}/grade/{grade}": count / total for grade, count in self.grades.items()}
         kept = ("count", "missing", "length", "ended")
-        values |= {f"{self.task.name}/{key}": self.metrics[key] for key in kept if key in self.metrics}
+        values |= {
+            f"{self.task.name}/{key}": value
+            for key, value in self.metrics.items()
+            if key in kept or key.startswith(f"{EXPLANG}/")
+        }
         return values
 
     def tree(self) -> dict[str, Any]:
@@ -194,7 +212,10 @@ class Suite:
         languages: Sequence[str],
         seed: int,
         max_missing_share: float,
+        mode: Mode | None = None,
     ):
+        """mode: None for LRPO."""
+        self._mode = mode or LrpoMode()
         self.tasks = list(tasks)
         self._services = services
         self._config = config
@@ -207,7 +228,8 @@ class Suite:
         prompt.over_long), each in its own language."""
         for number, task in enumerate(self.tasks):
             prompts = [replace(item.prompt, fixed_language=item.prompt.language) for item in task.items]
-            fitting = {prompt.question_id for prompt in renderer.fitting(prompts, self._languages)}
+            thinking = {language for prompt in prompts if (language := self._mode.thinking(prompt)) is not None}
+            fitting = {p.question_id for p in renderer.fitting(prompts, self._languages, sorted(thinking))}
             items = tuple(item for item in task.items if item.prompt.question_id in fitting)
             self.tasks[number] = replace(task, items=items)
 
@@ -234,12 +256,21 @@ class Suite:
                 temperature=self._config.temperature,
                 max_missing_share=self._max_missing_share,
                 stop=stop,
+                mode=self._mode,
             )
         except StepRefused as error:
             raise type(error)(f"task {task.name}: {error}") from error
         rollouts = result.rollouts
         return [
-            Answer(item, text, int(tokens), bool(ended), bool(valid), result.scores.get(routed.sample_id))
+            Answer(
+                item,
+                text,
+                int(tokens),
+                bool(ended),
+                bool(valid),
+                result.scores.get(routed.sample_id),
+                routed.thinking,
+            )
             for item, routed, text, tokens, ended, valid in zip(
                 items,
                 result.plan,
@@ -265,11 +296,15 @@ class Suite:
             seed=bootstrap_seed(self._seed, task.name),
         )
         judged = task.verifier == "judge"
+        metrics = answer_metrics([answer.measured for answer in answers])
+        if task.method != LOGPROB:
+            scores = {answer.routed.sample_id: answer.score for answer in answers if answer.score is not None}
+            metrics |= self._mode.metrics([one.routed for one in answers], scores, [one.tokens for one in answers])
         return TaskResult(
             task=task,
             metric="reward" if task.verifier == REWARD else "accuracy",
             averages=found,
-            metrics=answer_metrics([answer.measured for answer in answers]),
+            metrics=metrics,
             grades=Counter(sorted(grade_of(answer.score) for answer in answers)) if judged else {},
             wrong_language=sum(_in_another_language(answer) for answer in answers),
             unseen=unseen,
@@ -354,8 +389,12 @@ def task_digest(task: Task) -> str:
     return digest.hexdigest()
 
 
-def _plan(prompts: Sequence[Prompt]) -> list[RoutedPrompt]:
-    return [RoutedPrompt(prompt, -1, 0, prompt.language, ORIGIN_FIXED, 1.0) for prompt in prompts]
+def _plan(prompts: Sequence[Prompt], mode: Mode | None = None) -> list[RoutedPrompt]:
+    return [_routed(prompt, None if mode is None else mode.thinking(prompt)) for prompt in prompts]
+
+
+def _routed(prompt: Prompt, thinking: str | None) -> RoutedPrompt:
+    return RoutedPrompt(prompt, -1, 0, prompt.language, ORIGIN_FIXED, 1.0, thinking)
 
 
 def _in_another_language(answer: Answer) -> bool:

@@ -7,7 +7,7 @@
     questions.jsonl       the questions, as they were read
     plan.jsonl            a line per rollout: language, seed of its tokens, score
     tensors.safetensors   prompt_ids, prompt_sizes; and as far as the step came: tokens, prompt_lengths, lengths, ended,
-                          valid, logprobs (where generation says them), advantages, use
+                          valid, logprobs (where generation says them), advantages, use, divergence
 
 All ranks of a step hold the same of these but for the reason, so that any of them may write them. A file appears whole
 or not at all.
@@ -222,6 +222,7 @@ def _plan_row(parts: StepParts, row: int) -> dict[str, Any]:
         "language": routed.language,
         "origin": routed.origin,
         "probability": routed.probability,
+        "thinking": routed.thinking,
         "seed": parts.seeds[row] if row < len(parts.seeds) else None,
         "expected": parts.expected[row] if row < len(parts.expected) else None,
         "score": None if score is None else dataclasses.asdict(score),
@@ -241,6 +242,7 @@ def _tensors(parts: StepParts) -> dict[str, torch.Tensor]:
             tensors["logprobs"] = parts.rollouts.logprobs
     if parts.batch is not None:
         tensors |= {"advantages": parts.batch.advantages, "use": parts.batch.use}
+        tensors["divergence"] = torch.tensor(parts.batch.divergence)
     # Clones: safetensors refuses tensors that share their memory.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
@@ -249,7 +251,15 @@ def _parts(
     step: int, rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, Prompt], tensors: Mapping[str, torch.Tensor]
 ) -> StepParts:
     plan = [
-        RoutedPrompt(prompts[r["question_id"]], step, r["slot"], r["language"], r["origin"], r["probability"])
+        RoutedPrompt(
+            prompts[r["question_id"]],
+            step,
+            r["slot"],
+            r["language"],
+            r["origin"],
+            r["probability"],
+            r.get("thinking"),
+        )
         for r in rows
     ]
     ids = [row[:size].tolist() for row, size in zip(tensors["prompt_ids"], tensors["prompt_sizes"].tolist())]
@@ -270,6 +280,7 @@ def _parts(
             tensors["use"],
             rollouts.logprobs,
             tuple(r["language"] for r in rows),
+            bool(tensors.get("divergence", True)),
         )
     scores = {r["sample_id"]: Score(**{**r["score"], "flags": tuple(r["score"]["flags"])}) for r in rows if r["score"]}
     return StepParts(

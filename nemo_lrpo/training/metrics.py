@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_lrpo.explang.flags import is_own
 from nemo_lrpo.training.scoring import has_reward, is_missing
 from nemo_lrpo.types import (
     FLAG_ABSTAINED,
@@ -84,13 +85,15 @@ def answer_metrics(answers: Sequence[Measured]) -> dict[str, float]:
     Means over all answers: `length` (response tokens), `ended`, `invalid`, `retried` (how often its batch was generated
     again). Means over those that have one: `reward`, `quality`, `gate`, each verifier's value `part_<name>`, each
     measure by its name. Means over all with a score: `confidence` and the share with each flag (`abstained`,
-    `truncated`, `unknown_pair`, ...). Numbers of answers: `count`, `scored` (with a reward), `masked` (without one by
-    intent), `missing`.
+    `truncated`, `unknown_pair`, ...; but what mode explang read in a response, see its own metrics). Numbers of
+    answers: `count`, `scored` (with a reward), `masked` (without one by intent), `missing`.
     """
     totals: dict[str, float] = defaultdict(float)
     sums: dict[str, float] = defaultdict(float)
     numbers: dict[str, int] = defaultdict(int)
-    flags = {flag for answer in answers if answer.score for flag in answer.score.flags} | set(_FLAGS)
+    flags = {flag for answer in answers if answer.score for flag in answer.score.flags if not is_own(flag)} | set(
+        _FLAGS
+    )
     for answer in answers:
         score = answer.score
         values: dict[str, float | None] = {
@@ -124,8 +127,10 @@ def sample_record(
     advantage: float | None,
     tokens: int | None = None,
 ) -> dict[str, Any]:
-    """One rollout as a readable JSON object. tokens: of the response, its end token included."""
+    """One rollout as a readable JSON object. tokens: of the response, its end token included. `thinking`, the language
+    that a response was made to think in, is there where one was."""
     prompt = routed.prompt
+    thinking = {} if routed.thinking is None else {"thinking": routed.thinking}
     return {
         "sample_id": routed.sample_id,
         "question": prompt.question,
@@ -135,6 +140,7 @@ def sample_record(
         "language": routed.language,
         "origin": routed.origin,
         "probability": routed.probability,
+        **thinking,
         "response": text,
         "tokens": tokens,
         "reference": prompt.reference,

@@ -56,7 +56,8 @@ class Actor(Protocol):
         """
 
     def reference_logprobs(self, batch: TrainingBatch) -> None:
-        """Compute and keep the initial policy's log-probs of this rank's share, for the next `update`."""
+        """Compute and keep the initial policy's log-probs of this rank's share, for the next `update`; nothing where
+        the batch's loss has no divergence from it."""
 
     def update(self, batch: TrainingBatch) -> dict[str, float]:
         """One pass over the batch: loss, backward, finite check, clip, optimizer, schedule. Returns metrics.

@@ -43,13 +43,15 @@ class ScoreCollector:
     def __init__(self, service: RewardService, plan: Sequence[RoutedPrompt]):
         self._service = service
         self._plan = {routed.sample_id: routed for routed in plan}
+        self._prefilled: dict[str, str] = {}
         self._pending: list[PendingScores] = []
         self._error: Exception | None = None
 
     def submit(self, rollouts: Rollouts) -> None:
         """Send a finished batch to the reward server; returns at once, unless the server is far behind.
 
-        An error is kept for `join`: raised here, on one rank, it would leave the others waiting in a collective.
+        What a response was prefilled with is put before it: both together are what is judged. An error is kept for
+        `join`: raised here, on one rank, it would leave the others waiting in a collective.
         """
         requests = []
         for sample_id, text in zip(rollouts.sample_ids, rollouts.texts, strict=True):
@@ -57,7 +59,7 @@ class ScoreCollector:
             requests.append(
                 ScoreRequest(
                     sample_id=sample_id,
-                    response=text,
+                    response=self._prefilled.get(sample_id, "") + text,
                     reference=routed.prompt.reference,
                     reference_language=routed.prompt.reference_language,
                     language=routed.language,
@@ -87,6 +89,7 @@ class ScoreCollector:
 
         Raises GenerationFailed, on every rank, where one of them could not generate its share.
         """
+        self._prefilled = {prompt.sample_id: prompt.prefilled for prompt in prompts if prompt.prefilled}
         try:
             return actor.generate(
                 prompts,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nemo_lrpo.algorithms.advantages import GroupStatistics, group_advantages
 from nemo_lrpo.config.loader import train_config_tree
+from nemo_lrpo.config.mode import LRPO
 from nemo_lrpo.config.schema import TrainConfig
 from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.prompts import PromptRenderer
@@ -25,9 +26,10 @@ from nemo_lrpo.training.failed import FailedSteps, StepParts
 from nemo_lrpo.training.lengths import ExpectedLengths
 from nemo_lrpo.training.loop import TrainingLoop, check_seed
 from nemo_lrpo.training.metrics import rollout_metrics
+from nemo_lrpo.training.modes import LrpoMode, Mode, reward_column
 from nemo_lrpo.training.protocols import Actor, Logger, RewardService
 from nemo_lrpo.training.runlog import EVALUATION, VALIDATION, RolloutRecord, RunLog
-from nemo_lrpo.training.scoring import RowRefused, ScoreCollector, has_reward
+from nemo_lrpo.training.scoring import RowRefused, ScoreCollector
 from nemo_lrpo.training.stopping import Stop
 from nemo_lrpo.types import Prompt, Rollouts, Score, TaggedPrompt, TrainingBatch
 
@@ -53,8 +55,9 @@ class LrpoTrainer(TrainingLoop):
         layout: Mapping[str, int],
         stop: Stop,
         suite: Suite | None = None,
+        mode: Mode | None = None,
     ):
-        """suite: the tasks of `config.evaluation`, None where there are none."""
+        """suite: the tasks of `config.evaluation`, None where there are none. mode: None for LRPO."""
         loop, intervals = config.loop, {}
         if validation:
             intervals[VALIDATION] = loop.val_check_interval
@@ -77,21 +80,23 @@ class LrpoTrainer(TrainingLoop):
         facts = {"layout": self._layout, "total_steps": total_steps}
         self._failed = FailedSteps(Path(config.run_dir) / "failed", actor, train_config_tree(config), facts)
         self._suite = suite
+        self._mode = mode or LrpoMode()
         self._lengths = ExpectedLengths(config.rollout.max_new_tokens)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def step(self) -> RolloutRecord:
-        """One step of LRPO.
+        """One step of LRPO, or of another mode.
 
         questions -> router: a language per rollout -> policy: K answers per question, scored as they are finished
-        -> group advantages over all languages of a question -> GRPO update -> router learns what paid.
+        -> group advantages over all languages of a question -> GRPO update -> router learns what paid. The mode says
+        what the router decides, what a reward is made of and what the router learns (training/modes.py).
         """
         config, time = self._config, self._timer
         with self._failed.left_behind(self._step, unless=self._stop.must_abandon) as parts:
             with time("route"):
                 prompts = self._sampler.next()
-                plan = parts.plan = self._router.route(prompts, config.loop.rollouts_per_prompt, self._step)
+                plan = parts.plan = self._mode.route(self._router, prompts, config.loop.rollouts_per_prompt, self._step)
                 tagged = parts.prompts = self._render(plan)
                 parts.seeds = self._seeds(plan)
                 parts.expected = self._lengths.expect(plan)
@@ -112,22 +117,25 @@ class LrpoTrainer(TrainingLoop):
                 use=rollouts.ended & rollouts.valid,
                 sampled_logprobs=rollouts.logprobs,
                 languages=tuple(routed.language for routed in plan),
+                divergence=self._mode.diverges(self._step),
             )
+            tokens = (rollouts.lengths - rollouts.prompt_lengths).tolist()
             self._abandon_if_due()
             with time("reference"):
                 self._actor.reference_logprobs(batch)
             with time("score_wait"), self._stop.cancelling(scoring.cancel):
-                scores = parts.scores = scoring.join(self._actor, config.reward.max_missing_share)
-            rewards = reward_column(plan, scores)
-            groups = self._advantages(batch, plan, rewards)
+                found = scoring.join(self._actor, config.reward.max_missing_share)
+            scores = parts.scores = self._mode.judge(plan, found, tokens, self._step)
+            groups = self._advantages(batch, plan, reward_column(plan, scores))
             self._abandon_if_due()
             with time("update"):
                 self._actor.reseed(derive_seed("update", config.seed, self._step))
                 metrics = self._update(parts)
         with time("observe"):
-            self._router.observe(plan, rewards)
-            self._router.observe_costs(plan, cost_column(rollouts, config.router.price.unit))
-            self._lengths.observe(plan, (rollouts.lengths - rollouts.prompt_lengths).tolist())
+            lesson = self._mode.lesson(plan, scores)
+            self._router.observe(lesson.plan, lesson.rewards)
+            self._router.observe_costs(lesson.plan, cost_column(rollouts, config.router.price.unit)[lesson.rows])
+            self._lengths.observe(plan, tokens)
         self._step += 1
         return self._record(plan, rollouts, scores, batch, groups, metrics)
 
@@ -168,6 +176,8 @@ class LrpoTrainer(TrainingLoop):
         metrics: dict[str, float],
     ) -> RolloutRecord:
         values = rollout_metrics(plan, rollouts, scores)
+        tokens = (rollouts.lengths - rollouts.prompt_lengths).tolist()
+        values.update(self._mode.metrics(plan, scores, tokens, step=self._step - 1))
         values.update({f"policy/{name}": value for name, value in metrics.items()})
         values.update({f"router/{name}": value for name, value in self._router.metrics().items()})
         values["policy/masked"] = float((~batch.use).sum())
@@ -205,6 +215,7 @@ class LrpoTrainer(TrainingLoop):
             max_missing_share=self._config.reward.max_missing_share,
             stop=self._stop,
             lengths=self._lengths,
+            mode=self._mode,
         ).metrics
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -215,6 +226,7 @@ class LrpoTrainer(TrainingLoop):
             "router": to_json(self._router.state_dict()),
             "languages": list(self._router.languages),
             "lengths": self._lengths.state_dict(),
+            "mode": self._mode.state_dict(),
         }
 
     def export(self, path: Path) -> None:
@@ -225,7 +237,9 @@ class LrpoTrainer(TrainingLoop):
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        check_resumable(checkpoint, self._config.seed, self._router.languages, self._sampler.state_dict())
+        check_resumable(
+            checkpoint, self._config.seed, self._router.languages, self._sampler.state_dict(), self._mode.name
+        )
         try:
             self._router.load_state_dict(state["router"])
         except ValueError as error:
@@ -233,14 +247,27 @@ class LrpoTrainer(TrainingLoop):
         # Absent in checkpoints of earlier releases.
         self._lengths.load_state_dict(state.get("lengths", {}))
         super().load_state_dict(checkpoint)
+        if "mode" in checkpoint.state:
+            self._mode.load_state_dict(checkpoint.state["mode"])
 
 
 def check_resumable(
-    checkpoint: Checkpoint, seed: int, languages: Sequence[str], data: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint,
+    seed: int,
+    languages: Sequence[str],
+    data: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> None:
-    """Raise CheckpointError unless the checkpoint has this run's seed and questions, and its languages are among this
-    run's. data: the state of this run's sampler; None leaves the questions out."""
+    """Raise CheckpointError unless the checkpoint has this run's seed, mode and questions, and its languages are among
+    this run's. data: the state of this run's sampler; None leaves the questions out. mode: None leaves it out."""
     state = checkpoint.state
+    # Earlier releases had no other mode, and did not save it.
+    saved_mode = state.get("mode", {"name": LRPO})["name"]
+    if mode not in (None, saved_mode):
+        raise CheckpointError(
+            f"{checkpoint.path}: saved with mode.name={saved_mode}, this run has {mode}. Go on in that mode, or start "
+            "in another run_dir, from a .nemo (pretrained_checkpoint.restore_from_path)."
+        )
     if data is not None and state["data"].get("fingerprint") != data["fingerprint"]:
         raise CheckpointError(
             f"{checkpoint.path}: the questions of data.train are not those that it was saved with "
@@ -255,12 +282,6 @@ def check_resumable(
             "saved ones, or start in another run_dir."
         )
     check_seed(checkpoint, seed)
-
-
-def reward_column(plan: LanguagePlan, scores: Mapping[str, Score]) -> NDArray[np.float64]:
-    """float64 [R]: the reward of each row of `plan`, NaN where there is none."""
-    found = [scores.get(sample_id) for sample_id in plan.sample_ids]
-    return np.array([score.reward if has_reward(score) else np.nan for score in found], np.float64)
 
 
 def cost_column(rollouts: Rollouts, unit: str) -> NDArray[np.float64]:

@@ -194,6 +194,55 @@ def pairs_gradient(actor: MegatronActor, model: torch.nn.Module, batch: Training
     return (distance / sum(float(value.double().square().sum()) for value in own)) ** 0.5
 
 
+def tag_gradients(actor: MegatronActor, model: torch.nn.Module, batch: TrainingBatch) -> dict[str, float]:
+    """A response whose first three tokens choose its language, and the same one with these prefilled: how far the
+    update's gradients lie from those of A log pi(all | prompt) and of A log pi(rest | prompt, tag), and from each
+    other, as shares of their norms. Without divergence, whatever algorithm.kl_coefficient."""
+    row, start, tag, advantage = 2, 4, 3, 0.7
+    end = int(batch.lengths[row])
+    tokens, size = batch.tokens[row : row + 1], model.cfg.micro_batch_size
+    model.cfg.micro_batch_size, actor._divergence = 1, False
+
+    def by_update(prompt_length: int) -> list[torch.Tensor]:
+        one = TrainingBatch(
+            tokens=tokens,
+            prompt_lengths=torch.tensor([prompt_length]),
+            lengths=torch.tensor([end]),
+            advantages=torch.tensor([advantage]),
+            use=torch.tensor([True]),
+        )
+        mask = response_mask(one)
+        actor.accumulate({"tokens": tokens, "mask": mask, "advantages": one.advantages}, mask)
+        return [parameter.main_grad.clone() * int(mask.sum()) for parameter in model.parameters()]
+
+    def by_definition(first: int) -> list[torch.Tensor]:
+        def of_tokens(
+            logprobs: torch.Tensor, part: dict[str, torch.Tensor]
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            # Log-prob t is that of token t + 1.
+            return -advantage * logprobs[0, first - 1 : end - 1].sum(), {}
+
+        actor._configure_batches(1, 1)
+        actor._policy.optimizer.zero_grad()
+        model.prepare_for_training_step()
+        model.forward_backward(actor._split({"tokens": tokens}, 1), of_tokens)
+        model.finish_training_step()
+        return [parameter.main_grad.clone() for parameter in model.parameters()]
+
+    def apart(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+        distance = sum(float((a - b).double().square().sum()) for a, b in zip(left, right, strict=True))
+        return (distance / sum(float(value.double().square().sum()) for value in right)) ** 0.5
+
+    chosen, forced = by_update(start), by_update(start + tag)
+    facts = {
+        "chosen": apart(chosen, by_definition(start)),
+        "forced": apart(forced, by_definition(start + tag)),
+        "each other": apart(forced, chosen),
+    }
+    model.cfg.micro_batch_size, actor._divergence = size, True
+    return facts
+
+
 def refuses_non_finite(actor: MegatronActor, model: torch.nn.Module, batch: TrainingBatch) -> bool:
     """Whether a batch with a NaN stops before any weight or optimizer state has moved."""
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -456,6 +505,7 @@ def main() -> None:
         save_gradients(model, out_dir / f"gradients_{name}")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         metrics["pairs"] = {"distance": pairs_gradient(actor, model, batch)}
+        metrics["tag"] = tag_gradients(actor, model, batch)
         metrics["moved"] = moved_states(actor, policy, batch, out_dir)
         metrics["non_finite"] = {"refused": refuses_non_finite(actor, model, batch)}
     if actor.is_main:

@@ -57,6 +57,14 @@ def test_the_update_by_row_advantages_has_the_gradient_of_a_pair_loss(results: P
 
 
 @pytest.mark.slow
+def test_a_chosen_tag_is_trained_on_and_a_prefilled_one_is_not(results: Path) -> None:
+    """By the gradient of the whole model: mode explang's own choices and those that it is made to follow."""
+    found = json.loads((results / "single" / "metrics.json").read_text())["tag"]
+    assert found["chosen"] < 1e-5 and found["forced"] < 1e-5
+    assert found["each other"] > 0.1
+
+
+@pytest.mark.slow
 def test_greedy_rollouts_are_hugging_faces_own(results: Path, tiny_nemo: Path) -> None:
     """Generation with NeMo's key-value cache, on converted weights, against transformers."""
     from transformers import AutoModelForCausalLM

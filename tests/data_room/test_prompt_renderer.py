@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.data import PromptConfig
 from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.languages import SYSTEM_PROMPTS
-from nemo_lrpo.data.prompts import PromptRenderer
+from nemo_lrpo.data.prompts import Prefill, PromptRenderer
 from nemo_lrpo.types import ORIGIN_DRAWN, Prompt, RoutedPrompt
 
 TEMPLATE = (
@@ -170,3 +171,56 @@ def test_template_that_is_not_text(tokenizer: PreTrainedTokenizerFast, tmp_path:
     path.write_bytes(b"\xff\xfe{")
     with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
         PromptRenderer(tokenizer, PromptConfig(chat_template=str(path)))
+
+
+PREFILL = Prefill(lambda language: f"<lang>{language}</lang>\n", "<think>")
+
+
+def thinking(question: Prompt, language: str | None) -> RoutedPrompt:
+    return dataclasses.replace(routed(question, "de"), thinking=language)
+
+
+def test_a_forced_language_begins_the_response_in_the_policys_own_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer = PromptRenderer(tokenizer, PromptConfig(), PREFILL)
+    free, forced = renderer.render_all([thinking(prompt(), None), thinking(prompt(), "ja")])
+    assert free.prefilled == "" and forced.prefilled == "<lang>ja</lang>\n"
+    assert forced.token_ids[: len(free.token_ids)] == free.token_ids
+    written = tokenizer("<lang>ja</lang>\n<think>\nまず", add_special_tokens=False)["input_ids"]
+    tail = forced.token_ids[len(free.token_ids) :]
+    assert tuple(written[: len(tail)]) == tail and tokenizer.decode(tail) == forced.prefilled
+    assert renderer.decoded("<lang>ja</lang>") == "<lang>ja</lang>" and renderer.decoded("a</s>b") == "ab"
+
+
+def test_room_is_left_for_what_is_prefilled(tokenizer: PreTrainedTokenizerFast) -> None:
+    size = len(PromptRenderer(tokenizer, PromptConfig()).render(routed(prompt(), "de")).token_ids)
+    tail = len(tokenizer("<lang>ja</lang>\n", add_special_tokens=False)["input_ids"])
+    for room, fits in ((tail, True), (tail - 1, False)):
+        renderer = PromptRenderer(tokenizer, PromptConfig(max_tokens=size + room), PREFILL)
+        question = prompt(fixed="de")
+        assert renderer.fitting([question], LANGUAGES) == [question]
+        if fits:
+            assert renderer.fitting([question], LANGUAGES, ["ja", "en"]) == [question]
+            renderer.render(thinking(question, "ja"))
+        else:
+            with pytest.raises(DataError, match="prompt.max_tokens"):
+                renderer.fitting([question], LANGUAGES, ["ja"])
+
+
+@pytest.mark.parametrize(("text", "holds"), [("<a>{}</a>\n", True), ("<a>{}</a>", False)])
+def test_a_prefill_that_joins_what_follows_is_refused(text: str, holds: bool) -> None:
+    """As Qwen and Llama 3 split words: punctuation and the line's end after it are one, and here one token."""
+    words = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\p{L}+|\s+|\p{N}+"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(["<a>x</a>\n<b>\ny"] * 9, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=TEMPLATE)
+    renderer = PromptRenderer(tokenizer, PromptConfig(), Prefill(text.format, "\n<b>" if not holds else "<b>"))
+    if holds:
+        assert renderer.render(thinking(prompt(), "de")).prefilled == "<a>de</a>\n"
+    else:
+        with pytest.raises(ConfigError, match=r"cannot be made to begin with '<a>de</a>'.*mode\.marks"):
+            renderer.render(thinking(prompt(), "de"))

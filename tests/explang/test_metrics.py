@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -91,3 +92,15 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_correct_one() -> None:
 def test_pass_at_k_of_too_few_is_refused(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="not defined"):
         pass_at_k(*wrong)
+
+
+def test_forced_responses_are_no_selection_and_count_in_all_else() -> None:
+    made = [dataclasses.replace(outcome, forced=True) for outcome in OUTCOMES[:2]]
+    metrics = outcome_metrics([*made, *OUTCOMES[2:]], SEEN, 1.0, stage="exploration")
+    assert metrics["forced"] == 2 / 8 and metrics["accuracy"] == 3 / 7 and metrics["accuracy/de"] == 2 / 3
+    shares = {"de": 1 / 6, "en": 1 / 6, "sw": 3 / 6, "seen": 2 / 6, "unseen": 3 / 6, "none": 1 / 6}
+    for name, share in shares.items():
+        assert metrics[f"selected/{name}"] == metrics[f"selected_exploration/{name}"] == pytest.approx(share)
+    all_made = outcome_metrics(made, SEEN, 1.0, stage="exploration")
+    assert all_made["forced"] == 1.0 and all_made["compliance/de"] == 0.5
+    assert not [name for name in all_made if name.startswith(("selected", "languages_effective"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from fractions import Fraction
 
@@ -143,11 +144,58 @@ def test_laws_of_the_group_terms(outcomes, seed) -> None:
 def test_how_many_steps_explore(share: float, total: int, steps: int) -> None:
     config = ExplangConfig(exploration_share=share)
     assert exploration_steps(config, total) == steps
-    names = [stage_of(config, step, total).name for step in range(total)]
+    names = [stage_of(config, step, steps).name for step in range(total)]
     assert names == ["exploration"] * steps + ["exploitation"] * (total - steps)
 
 
 def test_weights_and_kl_change_with_the_stage() -> None:
-    before, after = stage_of(CONFIG, 24, 100), stage_of(CONFIG, 25, 100)
-    assert (before.weights.diversity, before.weights.pass_at_k, before.kl_coefficient(0.001)) == (0.2, 0.0, 0.0)
-    assert (after.weights.diversity, after.weights.pass_at_k, after.kl_coefficient(0.001)) == (0.0, 0.5, 0.001)
+    before, after = stage_of(CONFIG, 24, 25), stage_of(CONFIG, 25, 25)
+    assert (before.weights.diversity, before.weights.pass_at_k, before.weights.kl) == (0.2, 0.0, False)
+    assert (after.weights.diversity, after.weights.pass_at_k, after.weights.kl) == (0.0, 0.5, True)
+
+
+def forced(name, language, verified=1.0, **more):
+    return dataclasses.replace(outcome(name, language, verified, **more), forced=True)
+
+
+# Of eight: three made to think in ja (right), ja (wrong) and fr (right); five that chose de, de, en, ja and nothing.
+HYBRID = [
+    forced(0, "ja", 1.0),
+    forced(1, "ja", 0.0, compliance=0.0),
+    forced(2, "fr", 1.0),
+    outcome(3, "de", 0.0),
+    outcome(4, "de", 0.0),
+    outcome(5, "en", 1.0),
+    outcome(6, "ja", 0.0),
+    outcome(7, None, 0.0, compliance=0.0, defect=Defect.NO_TAG),
+]
+
+
+def test_a_group_with_forced_responses_by_hand() -> None:
+    """k counts those that chose: de 2, en 1, ja 1. r_d: de 1/2, en 1, ja 1, none 0; their mean, 3/5, for the forced.
+    r_p: en by itself, ja by a forced response, de not; their mean, 2/5, for the forced."""
+    rare, solved = diversity(HYBRID), language_pass_at_k(HYBRID, 1.0)
+    assert list(rare.values()) == pytest.approx([0.6, 0.6, 0.6, 0.5, 0.5, 1.0, 1.0, 0.0])
+    assert list(solved.values()) == pytest.approx([0.4, 0.4, 0.4, 0.0, 0.0, 1.0, 1.0, 0.0])
+    explored = [1.4 + 0.12, 0.2 + 0.12, 1.4 + 0.12, 0.4 + 0.1, 0.4 + 0.1, 1.4 + 0.2, 0.4 + 0.2, 0.0]
+    assert totals(HYBRID, CONFIG.exploration) == pytest.approx(explored)
+    exploited = [1.4 + 0.2, 0.2 + 0.2, 1.4 + 0.2, 0.4, 0.4, 1.4 + 0.5, 0.4 + 0.5, 0.0]
+    assert totals(HYBRID, CONFIG.exploitation) == pytest.approx(exploited)
+
+
+@given(outcomes=groups, marked=st.sets(st.integers(0, 15)))
+@settings(max_examples=100, deadline=None)
+def test_forced_responses_do_not_move_what_a_group_compares(outcomes, marked) -> None:
+    """r_d of those that chose is that of a group without the forced ones, and the group's mean r_d is theirs."""
+    mixed = [dataclasses.replace(o, forced=i in marked) for i, o in enumerate(outcomes)]
+    free = [o for o in mixed if not o.forced]
+    rare, alone = diversity(mixed), diversity(free)
+    assert {o.sample_id: rare[o.sample_id] for o in free} == alone
+    for group in {o.group_id for o in free}:
+        whole, own = ([rare[o.sample_id] for o in rows if o.group_id == group] for rows in (mixed, free))
+        assert sum(whole) / len(whole) == pytest.approx(sum(own) / len(own))
+
+
+def test_a_group_that_is_forced_as_a_whole_earns_nothing_by_its_choice() -> None:
+    whole = [forced(0, "de"), forced(1, "ja", 0.0)]
+    assert diversity(whole) == language_pass_at_k(whole, 1.0) == {"q1/0": 0.0, "q1/1": 0.0}

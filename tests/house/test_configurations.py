@@ -18,8 +18,11 @@ from nemo_lrpo.config.loader import (
     load_evaluate_config,
     load_offline_config,
     load_train_config,
+    restore_train_config,
     save_run_config,
+    train_config_tree,
 )
+from nemo_lrpo.config.mode import ModeConfig
 from nemo_lrpo.config.schema import OfflineConfig, TrainConfig
 from nemo_lrpo.serve_rewards import load_config
 
@@ -55,6 +58,14 @@ def test_shipped_training_configurations_are_valid(name: str, router: str, paths
     config = load_train_config(compose(name, overrides(paths, router=router)))
     assert config.router.name == POLICIES.get(router, router)
     assert config.loop.rollouts_per_prompt == 8
+
+
+@pytest.mark.parametrize("name", ["train", "demo"])
+def test_the_mode_is_one_word(name: str, paths: dict[str, str]) -> None:
+    assert load_train_config(compose(name, overrides(paths))).mode == ModeConfig()
+    config = load_train_config(compose(name, overrides(paths, mode="explang")))
+    assert config.mode == ModeConfig(name="explang"), "the file has the published values, which are the defaults"
+    assert restore_train_config(train_config_tree(config)) == config
 
 
 @pytest.mark.parametrize("name", ["evaluate", "demo_evaluate"])
@@ -170,6 +181,7 @@ def test_every_key_can_be_overridden_without_a_plus(router: str, paths: dict[str
     names = ("algorithm", "actor", "pretrained_checkpoint", "evaluation")
     sections += [(name, hints[name], tree[name]) for name in names]
     sections.append(("trainer.lrpo", hints["loop"], tree.trainer.lrpo))
+    sections.append(("mode", ModeConfig, compose("train", overrides(paths, mode="explang")).mode))
     assert not [key for name, schema, node in sections for key in missing_keys(schema, node, name)]
 
 
@@ -190,6 +202,11 @@ def test_every_key_of_an_evaluation_can_be_overridden_without_a_plus(tmp_path: P
         ({"+evaluation.tasks.a": "{kind: care, path: X}"}, ["evaluation.judge.url"]),
         ({"+evaluation.tasks.a": "{kind: reward, path: X}"}, ["reward.endpoint_file"]),
         ({"+evaluation.tasks": "{a b: {kind: mgsm, path: X}}"}, ["'a b' is no name"]),
+        ({"evaluation.data": "X", "evaluation.think_in": "de"}, ["evaluation.think_in='de'", "mode=explang"]),
+        (
+            {"evaluation.data": "X", "mode": "explang", "evaluation.think_in": "German"},
+            ["think_in='German'", "question"],
+        ),
         ({"evaluation.data": "X", "+evaluation.tasks.test": "{kind: mgsm, path: X}"}, ["evaluation.tasks.test"]),
     ],
 )
@@ -282,6 +299,12 @@ def test_a_checkpoint_is_measured_with_the_base_and_the_adapters_of_its_run(
             ["rollout.mismatch", "rollout.trt_llm.reshard=true"],
         ),
         ({"algorithm.aggregation": "mean"}, ["algorithm.aggregation", "token_mean"]),
+        ({"mode": "explang", "mode.forced_rollouts": "9"}, ["mode.forced_rollouts=9", "rollouts_per_prompt=8"]),
+        ({"mode": "explang", "mode.forced_rollouts": "1"}, ["router.reserved_slots=2", "mode.forced_rollouts=1"]),
+        ({"mode": "explang", "router.rollouts.adaptive": "true"}, ["router.rollouts.adaptive", "mode=explang"]),
+        ({"mode": "explang", "mode.exploration_share": "2"}, ["mode.exploration_share=2", "<= 1.0"]),
+        ({"mode": "explang", "mode.name": "xplang"}, ["mode.name='xplang'", "'lrpo'", "'explang'"]),
+        ({"+mode.exploration_share": "0.5"}, ["mode.exploration_share", "mode=explang"]),
         ({"router.reserved_slots": "9"}, ["router.reserved_slots=9", "rollouts_per_prompt=8"]),
         ({"router.rollouts.adaptive": "true", "router.rollouts.min": "9"}, ["rollouts.min=9", "rollouts_per_prompt=8"]),
         ({"router.rollouts.adaptive": "true", "algorithm.num_updates": "2"}, ["num_updates=2", "adaptive", ": 1"]),
@@ -361,6 +384,7 @@ def test_a_mapping_that_is_given_replaces_the_default_one() -> None:
         (["~verifiers.similarity", "+verifiers.f={kind: format, pattern: '('}"], ["no regular expression"]),
         (["~verifiers.similarity", "+verifiers.f={kind: exact, pattern: 'a'}"], ["no group"]),
         (["~verifiers.similarity", "+verifiers.j={kind: judge}"], ["judge.url"]),
+        (["thinking.marks.thinking_open=''"], ["thinking.marks.thinking_open=''", "without white space"]),
         (["language_id.gate=maybe"], ["language_id.gate", "'share'"]),
         (["calibration.bounds=none"], ["calibration.bounds", "'rescale'"]),
     ],

@@ -21,7 +21,8 @@ from tools.report import main, write
 from tools.reporting.charts import LARGE, Line, line_chart, ticks, trend
 from tools.reporting.evaluations import ALL, MACRO, gains
 from tools.reporting.routing import SHADES, cells
-from tools.reporting.runs import ReportError, names_of
+from tools.reporting.runs import ReportError, names_of, read_run
+from tools.reporting.thinking import thinking_rows
 from tools.saved_router import read_source, rebuild
 
 SECTIONS = ["overview", "evaluation", "training", "languages", "router", "samples", "timings", "settings"]
@@ -60,6 +61,20 @@ def make_run(run: Path, policy: str, *, lost: int | None = None) -> Path:
     return run
 
 
+def explang_record(step: int) -> dict[str, Any]:
+    """Of ten steps the first four are exploration, de and ja alike; then comes ja, in the last two half of it sw."""
+    stage = "exploration" if step <= 4 else "exploitation"
+    shares = {"de": 0.5, "ja": 0.5} if step <= 4 else {"ja": 1.0} if step <= 8 else {"ja": 0.5, "sw": 0.5}
+    record: dict[str, Any] = {"kind": "train", "step": step, "reward": 0.5, "policy/loss": 0.1, "time/step": 4.0}
+    record["explang/exploration"] = float(step <= 4)
+    for name, share in {**shares, "seen": 1.0 - shares.get("sw", 0.0), "unseen": shares.get("sw", 0.0)}.items():
+        record |= {f"explang/selected/{name}": share, f"explang/selected_{stage}/{name}": share}
+        record |= {f"explang/count/{name}": 8.0 * share}
+        if share:
+            record |= {f"explang/accuracy/{name}": step / 10, f"explang/tokens/{name}": 10.0 + step}
+    return record | {"explang/accuracy": step / 10, "explang/compliance": 1.0, "explang/pass_at_k": 1.0}
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs `a` and `b`, `new` that has just begun, evaluations, and their pages."""
@@ -75,6 +90,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     knowledge = site / "knowledge.json"
     knowledge.write_text(json.dumps({"Chat": ["ja"], REGIONS[1]: ["de", "zh"]}))
     before = [site / "before.json"]
+    explang = make_run(site / "explang", "default")
+    lines(explang / "metrics.jsonl", [explang_record(step) for step in range(1, 11)])
+    write([explang], site / "explang.html")
     write(runs[:1], site / "one.html", before=before, after=after[:1], knowledge=knowledge)
     write(runs, site / "two.html", before=before, after=after)
     write([site / "new"], site / "new.html")
@@ -300,3 +318,15 @@ def test_names_tell_runs_apart(site: Path) -> None:
     assert names_of([site / "x" / "run", site / "y" / "run"]) == ["x/run", "y/run"]
     assert names_of([site / "a", site / "a"]) == ["a", "a"]
     assert names_of([site / "run"]) == [f"{site.name}/run"]
+
+
+def test_thinking_languages_by_stage(site: Path) -> None:
+    rows = {row.name: row for row in thinking_rows(read_run(site / "explang", "explang"))}
+    assert list(rows) == ["seen", "unseen", "de", "ja", "sw"] and thinking_rows(read_run(site / "a", "a")) == []
+    shares = {name: (row.exploration, row.exploitation) for name, row in rows.items()}
+    assert shares["de"] == (0.5, 0.0) and shares["ja"] == (0.5, pytest.approx(5 / 6))
+    assert shares["sw"] == shares["unseen"] == (0.0, pytest.approx(1 / 6))
+    assert rows["sw"].facts["accuracy"] == pytest.approx(0.95) and np.isnan(rows["de"].facts["accuracy"])
+    page = (site / "explang.html").read_text(encoding="utf-8")
+    assert 'id="thinking"' in page and re.search(r"<th>sw</th><td>0\.0 %</td><td>16\.7 %</td><td>0\.950</td>", page)
+    assert 'id="thinking"' not in (site / "one.html").read_text(encoding="utf-8")

@@ -163,6 +163,17 @@ def test_every_request_carries_its_own_reference_and_language() -> None:
         assert (request.language, request.reference_language) == (LANGUAGES[int(slot)], "de")
 
 
+def test_what_was_prefilled_is_judged_with_the_response() -> None:
+    service, plan = Service(), make_plan()
+    prompts = [TaggedPrompt(routed, (1, 2), "<tag>" if routed.slot == 1 else "") for routed in plan]
+    with pytest.raises(GenerationFailed):
+        ScoreCollector(service, plan).generate(OneRank(), prompts, [])
+    texts = {request.sample_id: request.response for request in service.requests}
+    assert texts == {
+        routed.sample_id: ("<tag>" if routed.slot == 1 else "") + f"text of {routed.sample_id}" for routed in plan
+    }
+
+
 def test_a_rollout_costs_its_response_tokens_or_its_seconds() -> None:
     rollouts = make_rollouts(make_plan())
     assert cost_column(rollouts, "tokens").tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 1]
@@ -303,10 +314,12 @@ def test_answers_that_a_rank_could_not_generate_refuse_the_step_and_cancel_its_s
 
 
 def test_a_step_that_failed_is_left_behind_and_read_again(tmp_path: Path) -> None:
-    plan = make_plan()
+    plan = [dataclasses.replace(routed, thinking="ja" if routed.slot else None) for routed in make_plan()]
     rollouts = make_rollouts(plan)
     advantages = torch.linspace(-1, 1, len(plan))
-    batch = TrainingBatch(rollouts.tokens, rollouts.prompt_lengths, rollouts.lengths, advantages, rollouts.ended)
+    batch = TrainingBatch(
+        rollouts.tokens, rollouts.prompt_lengths, rollouts.lengths, advantages, rollouts.ended, divergence=False
+    )
     scores = collect(Service(lose=frozenset({"7/q1/1"})), max_missing_share=0.5)
     prompts = [TaggedPrompt(routed, tuple(range(2 + row % 3))) for row, routed in enumerate(plan)]
     config = {"seed": 7, "trainer": {"lrpo": {}}}
@@ -322,7 +335,7 @@ def test_a_step_that_failed_is_left_behind_and_read_again(tmp_path: Path) -> Non
     assert list(found.parts.plan) == plan and list(found.parts.prompts) == prompts
     assert found.parts.seeds == parts.seeds and found.parts.scores == scores
     assert found.parts.batch is not None and torch.equal(found.parts.batch.advantages, advantages)
-    assert torch.equal(found.parts.batch.use, rollouts.ended)
+    assert torch.equal(found.parts.batch.use, rollouts.ended) and found.parts.batch.divergence is False
     assert found.parts.rollouts is not None and torch.equal(found.parts.rollouts.tokens, rollouts.tokens)
     (tmp_path / "failed" / "step_00000007" / "plan.jsonl").write_text("{}\n")
     with pytest.raises(FailedStepError, match="step_00000007: not a complete dump"):

@@ -28,6 +28,8 @@ from tools.reporting.routing import (
     training_questions,
 )
 from tools.reporting.runs import Run
+from tools.reporting.thinking import CURVES as THINKING_CURVES
+from tools.reporting.thinking import thinking_languages, thinking_rows
 from tools.saved_router import SavedRouterError, rebuild
 
 SHOWN_LANGUAGES = 24
@@ -164,6 +166,9 @@ def render(
             if languages and _any(runs, languages, key)
         ],
         rows=[(run, _language_rows(run)) for run in runs],
+        thinking=[(run, found) for run in runs if (found := thinking_rows(run))],
+        thinking_curves=[_figure(runs, *one) for one in THINKING_CURVES if any(_logged(run, one[0]) for run in runs)],
+        selected=_small(runs, thinking_languages(runs)[:SHOWN_LANGUAGES], "explang/selected"),
         entropy=_figure(runs, *entropy) if any(_logged(run, entropy[0]) for run in runs) else None,
         drawn=_small(runs, languages, PROBABILITY.rstrip("/"), uniform),
         routers=routers,
