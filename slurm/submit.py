@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ TRAIN_PATHS = {
     "evaluation.data": "parquet or JSONL",
     "evaluation.checkpoint": "a run_dir, or a checkpoint in one",
     "prompt.chat_template": "a Jinja file, or null",
+    "model.peft.restore_from_path": "a .nemo with adapters, or null",
     "reward.endpoint_file": "of a reward server that is up already, or leave it out",
     "reward.token_file": "or leave it out",
 }
@@ -69,6 +71,7 @@ class Submission:
             if key not in train and not named_config:
                 self.problems.append(f"{key} is not set: {TRAIN_PATHS[key]}")
         self._check_paths(train, TRAIN_PATHS, "")
+        self._check_paths(*_task_paths(train), "")
         if own_server:
             self._check_paths(reward, REWARD_PATHS, "--reward ")
             self._check_reward(reward)
@@ -235,6 +238,15 @@ class Submission:
         environment = {**os.environ, **self.environment(), **dry}
         done = subprocess.run(["bash", *arguments], env=environment, capture_output=True, text=True, check=False)
         return done.stdout + done.stderr
+
+
+def _task_paths(values: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Paths of evaluation.tasks.NAME={..., path: PATH, ...} by key, and what is to be given there."""
+    tasks = {key: value for key, value in values.items() if key.startswith("evaluation.tasks.")}
+    found = {f"{key}.path": re.search(r"path:\s*([^,}\s]+)", value) for key, value in tasks.items()}
+    paths = {key: match.group(1) for key, match in found.items() if match}
+    paths.update({key: value for key, value in tasks.items() if key.endswith(".path")})
+    return paths, dict.fromkeys(paths, "a file of questions, or a directory of such files")
 
 
 def _values(overrides: list[str]) -> dict[str, str]:

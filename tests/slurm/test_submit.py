@@ -161,8 +161,10 @@ def test_an_evaluation_is_submitted_like_a_training(files: dict[str, str], tmp_p
     assert (alone.returncode, alone.stderr) == (0, "") and "LRPO_REWARD=0" in alone.stdout
     assert list(steps(alone.stdout)) == ["preflight", "train"]
     assert not any(word.startswith("reward.") for word in steps(alone.stdout)["train"])
-    done = submit("--dry-run", "--no-reward", *rewards, "--", *train, task, "evaluation.checkpoint=/gone")
-    for words in ("do not go with --no-reward", "evaluation.checkpoint=/gone: no such file"):
+    gone = ["evaluation.checkpoint=/gone", "+evaluation.tasks.care={kind: care, path: /nowhere}"]
+    done = submit("--dry-run", "--no-reward", *rewards, "--", *train, task, *gone)
+    missing = ("evaluation.checkpoint=/gone: no such file", "evaluation.tasks.care.path=/nowhere: no such file")
+    for words in ("do not go with --no-reward", *missing):
         assert done.returncode == 2 and words in done.stderr
 
 
