@@ -1,0 +1,146 @@
+"""What is compared: the arms, what they have in common, and a digest of all that an outcome depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nemo_lrpo.config.loader import compose
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. `label`: for readers; `router`: a file of conf/router; `server`: overrides of the reward server
+    that it trains with, where that is not the default one."""
+
+    name: str
+    label: str
+    router: str
+    server: tuple[str, ...] = ()
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("grpo", "GRPO", "monolingual"),
+        Arm("input_dominant", "input-dominant", "input_dominant"),
+        Arm("en_dominant", "English-dominant", "en_dominant"),
+        Arm("uniform", "uniform", "uniform"),
+        Arm("published", "LRPO, published router", "published"),
+        Arm("default", "LRPO, default router", "default"),
+        Arm("no_calibration", "default, no calibration", "default", ("calibration.method=none",)),
+        Arm("no_gate", "default, no gate", "default", ("language_id.gate=off",)),
+    )
+}
+BASELINE = "grpo"
+
+
+@dataclass(frozen=True)
+class World:
+    """Where data and models are, as tools/build_data.py, tools/build_models.py and tools/calibrate.py leave them.
+    `split`: of the questions that are asked in the end."""
+
+    data: Path
+    models: Path
+    split: str = "test"
+
+    @property
+    def train(self) -> Path:
+        return self.data / "train.parquet"
+
+    @property
+    def questions(self) -> Path:
+        return self.data / f"{self.split}.parquet"
+
+    @property
+    def knowledge(self) -> Path:
+        return self.data / "knowledge.json"
+
+    @property
+    def policy(self) -> Path:
+        return self.models / "base.nemo"
+
+    @property
+    def encoder(self) -> Path:
+        return self.models / "encoder"
+
+    @property
+    def calibration(self) -> Path:
+        return self.models / "calibration.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs' common settings. `overrides`: of conf/demo.yaml, for every arm alike."""
+
+    world: World
+    steps: int
+    overrides: tuple[str, ...] = ()
+
+    def train_settings(self, arm: Arm, seed: int) -> list[str]:
+        """Overrides of conf/demo.yaml, but for paths. Every rollout is logged, since its language is counted; nothing
+        is validated or saved on the way."""
+        return [
+            f"router={arm.router}",
+            f"seed={seed}",
+            f"trainer.lrpo.max_steps={self.steps}",
+            "trainer.lrpo.max_epochs=1000",
+            "data.validation=null",
+            "trainer.lrpo.val_check_interval=0",
+            "trainer.lrpo.save_interval=0",
+            "trainer.lrpo.keep_checkpoints=1",
+            "trainer.lrpo.export_nemo=false",
+            "trainer.lrpo.log_samples=1000000",
+            *self.overrides,
+        ]
+
+    def evaluate_settings(self, seed: int) -> list[str]:
+        """Overrides of conf/demo_evaluate.yaml, but for paths."""
+        return [f"seed={seed}"]
+
+    def digests(self, arm: Arm) -> dict[str, str]:
+        """What an outcome of `arm` depends on besides its seed, by name, each as a few hexadecimal digits. Source code
+        is not among it: after a change of that begin another directory."""
+        train = OmegaConf.to_container(compose("demo", self.train_settings(arm, 0)), resolve=False)
+        own = {"train": train, "reward": self._rewards(arm.server)}
+        return self.common | {name: _digest(json.dumps(value, sort_keys=True)) for name, value in own.items()}
+
+    @cached_property
+    def common(self) -> dict[str, str]:
+        """`digests`, as far as all arms share them."""
+        world = self.world
+        evaluation = OmegaConf.to_container(
+            compose("demo_evaluate", [*self.evaluate_settings(0), "evaluation.out=out"]), resolve=False
+        )
+        return {
+            "data": _files(world.train, world.knowledge),
+            "questions": _files(world.questions),
+            # base.nemo is an archive of it, with the times of its files.
+            "policy": _files(world.models / "base/model.safetensors", world.models / "base/tokenizer.json"),
+            "encoder": _files(world.encoder / "model.safetensors"),
+            "calibration": _files(world.calibration),
+            "evaluation": _digest(json.dumps([evaluation, self._rewards(())], sort_keys=True)),
+        }
+
+    @staticmethod
+    def _rewards(overrides: Sequence[str]) -> object:
+        return OmegaConf.to_container(compose("demo_rewards", overrides), resolve=False)
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Names of what is not the same in both."""
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+
+
+def _files(*paths: Path) -> str:
+    return _digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

@@ -1,0 +1,194 @@
+"""Results for readers: a table as Markdown, a figure, and the block of a README that holds both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.miniature.arms import ARMS, BASELINE
+from tools.miniature.outcomes import BASE, Outcome, Results, ResultsError
+from tools.miniature.statistics import Estimate, Summary, figures, language_groups, summarise
+
+BEGIN, END = "<!-- reproduce:begin -->", "<!-- reproduce:end -->"
+FIGURE = "reproduce.svg"
+COLUMNS = (
+    ("accuracy", "accuracy", 3),
+    ("known", "of known", 3),
+    ("unknown", "of unknown", 3),
+    ("reward", "reward", 3),
+    ("wrong_language", "wrong language", 3),
+    ("knowing", "rollouts in a knowing language", 3),
+)
+"""(figure, its heading, decimals)"""
+GROUPS = ("rich", "middle", "poor")
+
+
+def write_all(results: Results, out: Path, readme: Path | None) -> list[str]:
+    """Write OUT/results.md and the figure, and the block of `readme`, the figure beside it. Returns lines for the
+    terminal. Raises ResultsError where no run is done, or `readme` has no such block."""
+    summaries = summaries_of(results)
+    if not summaries:
+        raise ResultsError(f"{results.path}: no run is done yet.")
+    text = block(results, summaries)
+    out.mkdir(parents=True, exist_ok=True)
+    draw(results, summaries, out / FIGURE)
+    _write(out / "results.md", f"{text}\n\n{details(results, summaries)}\n")
+    if readme is not None:
+        picture = readme.parent / "docs" / FIGURE
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw(results, summaries, picture)
+        body = f"{text}\n\n![Accuracy of every arm and seed, and routed share by step](docs/{FIGURE})"
+        _write(readme, with_block(readme.read_text(encoding="utf-8"), body, readme))
+    return [text, "", f"{out / 'results.md'}, {out / FIGURE}"]
+
+
+def summaries_of(results: Results) -> list[Summary]:
+    """Of the arms that have runs, in the order of ARMS."""
+    baseline = results.of(BASELINE)
+    return [summarise(name, own, baseline) for name in ARMS if (own := results.of(name))]
+
+
+def with_block(text: str, body: str, path: Path) -> str:
+    """`text` with what stands between the two marks replaced by `body`. Raises ResultsError without the marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ResultsError(f"{path}: has no block to write to; put {BEGIN} and {END} where it should stand.")
+    return f"{before}{BEGIN}\n{body}\n{END}{after}"
+
+
+def block(results: Results, summaries: Sequence[Summary]) -> str:
+    """What was run, in a sentence, and the table."""
+    first = next(outcome for summary in summaries for outcome in results.of(summary.arm))
+    assert first.training is not None
+    seeds = sorted({len(summary.seeds) for summary in summaries})
+    counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    intro = (
+        f"{counted} seeds of {len(first.training.rewards)} steps, {first.training.rollouts:,} rollouts a run; "
+        f"{first.measure.questions:,} questions in {len(first.measure.accuracy)} languages. Mean over seeds ± half of "
+        "its 95 % interval; in brackets the difference to GRPO, paired by seed:"
+    )
+    return f"{intro}\n\n{table(results, summaries)}"
+
+
+def table(results: Results, summaries: Sequence[Summary]) -> str:
+    """Markdown: the base model, then an arm a row."""
+    headings = ["", *(heading for _, heading, _ in COLUMNS), "tokens", "processor s"]
+    lines = [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
+    for outcome in results.of(BASE)[:1]:
+        found = figures(outcome)
+        cells = [f"{found[name]:.{digits}f}" if name in found else "" for name, _, digits in COLUMNS]
+        lines.append(_row(["base model", *cells, "", ""]))
+    for summary in summaries:
+        cells = [_cell(summary, name, digits) for name, _, digits in COLUMNS]
+        cells += [f"{summary.figures[name].mean:,.0f}" for name in ("tokens", "processor_seconds")]
+        lines.append(_row([ARMS[summary.arm].label, *cells]))
+    return "\n".join(lines)
+
+
+def details(results: Results, summaries: Sequence[Summary]) -> str:
+    """By groups of languages, where the router's rollouts went, and which differences to GRPO are apart from 0."""
+    some = results.of(summaries[0].arm)[0]
+    groups = language_groups(some.measure.taught)
+    headings = ["", *(f"{name} ({' '.join(groups[name])})" for name in GROUPS), "true in any language"]
+    lines = ["Accuracy by how much the base model was taught in a language:", "", _row(headings)]
+    lines.append(_row(["---", *["---:"] * (len(headings) - 1)]))
+    for summary in summaries:
+        cells = [_cell(summary, f"accuracy_{group}", 3) for group in GROUPS if groups[group]]
+        lines.append(_row([ARMS[summary.arm].label, *cells, _cell(summary, "true_somewhere", 3)]))
+    languages = list(some.measure.accuracy)
+    lines += ["", "Share of the drawn rollouts by language:", "", _row(["", *languages, "knowing"])]
+    lines.append(_row(["---", *["---:"] * (len(languages) + 1)]))
+    for summary in summaries:
+        if "knowing_drawn" in summary.figures:
+            shares = drawn_shares(results.of(summary.arm))
+            cells = [f"{shares.get(language, 0.0):.3f}" for language in languages]
+            lines.append(_row([ARMS[summary.arm].label, *cells, f"{summary.figures['knowing_drawn'].mean:.3f}"]))
+    lines += ["", "Differences to GRPO, paired by seed, with 95 % intervals:", ""]
+    for summary in summaries:
+        if summary.arm == BASELINE:
+            continue
+        for name in ("accuracy", "known", "reward", "wrong_language"):
+            found = summary.differences.get(name)
+            if found is not None and found.count > 1:
+                apart = "apart from 0" if found.apart else "not apart from 0"
+                lines.append(
+                    f"- {ARMS[summary.arm].label}, {name}: {found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}, "
+                    f"{found.count} seeds), {apart}"
+                )
+    return "\n".join(lines)
+
+
+def drawn_shares(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """By language, of the rollouts that the router drew over all `outcomes`."""
+    totals: dict[str, int] = {}
+    for outcome in outcomes:
+        for language, count in (outcome.training.drawn if outcome.training else {}).items():
+            totals[language] = totals.get(language, 0) + count
+    everything = sum(totals.values())
+    return {language: count / everything for language, count in sorted(totals.items())}
+
+
+def draw(results: Results, summaries: Sequence[Summary], path: Path) -> None:
+    """SVG, the same bytes for the same results: accuracy of every arm with interval and seeds; the share of rollouts in
+    languages that know the fact, by step."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "reproduce", "font.size": 9}):
+        figure = Figure(figsize=(9.5, 0.9 + 0.38 * max(len(summaries), 6)), layout="constrained")
+        FigureCanvasSVG(figure)
+        scores, routes = figure.subplots(1, 2, width_ratios=(1.15, 1))
+        for height, summary in enumerate(summaries):
+            colour = f"C{list(ARMS).index(summary.arm)}"
+            found = summary.figures["accuracy"]
+            error = None if math.isnan(found.half) else found.half
+            scores.errorbar(found.mean, height, xerr=error, fmt="o", color=colour, capsize=3, zorder=3)
+            own = [figures(outcome)["accuracy"] for outcome in results.of(summary.arm)]
+            scores.plot(own, [height + 0.22] * len(own), "|", color=colour, alpha=0.6)
+            steps = list(zip(*(o.training.knowing_by_step for o in results.of(summary.arm) if o.training)))
+            means = [sum(step) / len(step) for step in steps]
+            routes.plot(range(1, len(means) + 1), means, color=colour, label=ARMS[summary.arm].label)
+        for outcome in results.of(BASE)[:1]:
+            scores.axvline(figures(outcome)["accuracy"], color="0.6", linestyle=":", label="base model")
+            scores.legend(frameon=False, loc="best")
+        scores.set_yticks(range(len(summaries)), [ARMS[summary.arm].label for summary in summaries])
+        scores.invert_yaxis()
+        scores.set_xlabel("accuracy, mean of languages (bars: 95 %; ticks: seeds)")
+        routes.set_xlabel("step")
+        routes.set_ylabel("rollouts in a language that knows the fact")
+        routes.legend(frameon=False, fontsize=7, ncols=2)
+        for axes in (scores, routes):
+            axes.grid(alpha=0.3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _cell(summary: Summary, name: str, digits: int) -> str:
+    if name not in summary.figures:
+        return ""
+    text = _plus_minus(summary.figures[name], digits)
+    difference = summary.differences.get(name)
+    if summary.arm == BASELINE or difference is None:
+        return text
+    return f"{text} ({_signed(difference, digits)})"
+
+
+def _plus_minus(found: Estimate, digits: int) -> str:
+    return f"{found.mean:.{digits}f}" + ("" if math.isnan(found.half) else f" ±{found.half:.{digits}f}")
+
+
+def _signed(found: Estimate, digits: int) -> str:
+    return f"{found.mean:+.{digits}f}" + ("" if math.isnan(found.half) else f" ±{found.half:.{digits}f}")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
