@@ -48,7 +48,6 @@ from tools.miniature.outcomes import (  # noqa: E402
     Knowledge,
     Outcome,
     Results,
-    ResultsError,
     read_measure,
     read_training,
 )
@@ -146,10 +145,11 @@ def build(world: World) -> None:
     """Data, models and calibration, where they are missing or older than what makes them."""
     tools = ROOT / "tools"
     commands = [[tools / "build_models.py", "--data", world.data, "--out", world.models]]
-    if not world.train.exists():
+    if not world.knowledge.exists():
         commands.insert(0, [tools / "build_data.py", "--out", world.data])
     for command in commands:
         _run(command)
+    world.choose()
     statistics = world.calibration
     if not statistics.exists() or world.encoder.stat().st_mtime > statistics.stat().st_mtime:
         parallel, server = world.data / "parallel.parquet", ["--server-config", "demo_rewards"]
@@ -217,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "build/data", help="of tools/build_data.py (build/data)")
     parser.add_argument("--models", type=Path, default=ROOT / "build/models", help="of tools/build_models.py")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="the final questions (test)")
+    parser.add_argument("--asked-in", help="comma-separated: languages of the training questions (all)")
     parser.add_argument("--out", type=Path, help="runs, results and pictures (results/reproduce)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (one per core)")
     parser.add_argument("--quick", action="store_true", help="two seeds of two steps, to see that it works")
@@ -247,14 +248,16 @@ def _main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     try:
         results = Results(out / RESULTS)
         if not options.table:
-            world = World(options.data.resolve(), options.models.resolve(), options.split)
+            asked_in = tuple(sorted(options.asked_in.split(","))) if options.asked_in else ()
+            chosen_questions = out / "train.parquet" if asked_in else None
+            world = World(options.data.resolve(), options.models.resolve(), options.split, asked_in, chosen_questions)
             plan = Plan(world, steps, tuple(options.overrides))
             chosen = [ARMS[name] for name in names]
             chosen_seeds = range(options.first_seed, options.first_seed + seeds)
             failures = _run_all(plan, out, results, chosen, chosen_seeds, options.jobs)
         for line in write_all(results, out, options.readme):
             print(line)
-    except (ResultsError, ProcessFailed) as error:
+    except (ProcessFailed, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     if failures:
         sys.exit(f"reproduce: {len(failures)} runs failed; the same command tries them again:\n" + "\n".join(failures))

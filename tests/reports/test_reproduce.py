@@ -53,6 +53,7 @@ def answer(language: str, response: str, reward: float, written: str | None) -> 
 def rollout(step: int, language: str, origin: str, regions: Sequence[str] = ("East Asia",)) -> dict[str, Any]:
     return {
         "step": step,
+        "question_language": "de",
         "language": language,
         "origin": origin,
         "topics": ["Regional Knowledge"],
@@ -64,7 +65,7 @@ def outcome(arm: str, seed: int, accuracy: dict[str, float], digests: dict[str, 
     taught = dict(zip(accuracy, (0.5, 0.4, 0.1)))
     measure = Measure(accuracy, accuracy, accuracy, {"de": 0.1}, taught, 0.25, 0.5, 30)
     training = Training(
-        0.4, None if arm == "grpo" else 0.5, [0.3, 0.5], {"de": 3, "en": 1}, [0.1, 0.2], 99, 16, 7.0, 8.0
+        0.4, None if arm == "grpo" else 0.5, [0.3, 0.5], ["de", "en"], {"de": 3, "en": 1}, [0.1, 0.2], 99, 16, 7.0, 8.0
     )
     return Outcome(arm, seed, digests or {}, measure, None if arm == BASE else training)
 

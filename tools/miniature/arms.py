@@ -44,15 +44,36 @@ BASELINE = "grpo"
 @dataclass(frozen=True)
 class World:
     """Where data and models are, as tools/build_data.py, tools/build_models.py and tools/calibrate.py leave them.
-    `split`: of the questions that are asked in the end."""
+    `split`: of the questions that are asked in the end. `asked_in`: languages of the training questions, empty for
+    all; of fewer, `chosen` is the file of those questions, which `choose` writes."""
 
     data: Path
     models: Path
     split: str = "test"
+    asked_in: tuple[str, ...] = ()
+    chosen: Path | None = None
 
     @property
     def train(self) -> Path:
-        return self.data / "train.parquet"
+        return self.data / "train.parquet" if self.chosen is None else self.chosen
+
+    def choose(self) -> None:
+        """Write the training questions in the languages `asked_in`. Raises ValueError where a language has none."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        from pyarrow import parquet
+
+        if self.chosen is None:
+            return
+        table = parquet.read_table(self.data / "train.parquet")
+        languages = pc.struct_field(table["extra_info"], "language")
+        missing = sorted(set(self.asked_in) - set(languages.to_pylist()))
+        if missing:
+            raise ValueError(f"--asked-in: {self.data / 'train.parquet'} has no question in {', '.join(missing)}.")
+        self.chosen.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.chosen.with_name(f".{self.chosen.name}.partial")
+        parquet.write_table(table.filter(pc.is_in(languages, value_set=pa.array(self.asked_in))), partial)
+        partial.replace(self.chosen)
 
     @property
     def questions(self) -> Path:

@@ -46,13 +46,14 @@ class Measure:
 class Training:
     """What a training was like. Shares of the rollouts of questions whose language is free, those in a language that
     was taught the question's fact: `knowing` in all, `knowing_drawn` where the router drew (None where it never does),
-    `knowing_by_step`. `drawn`: number of drawn rollouts by language. `rewards`: the mean reward of each step, of the
-    run's own server. tokens: of all responses. processor_seconds: of the training process. step_seconds: by the clock,
-    all steps."""
+    `knowing_by_step`. `asked`: languages of the questions. `drawn`: number of drawn rollouts by language. `rewards`:
+    the mean reward of each step, of the run's own server. tokens: of all responses. processor_seconds: of the training
+    process. step_seconds: by the clock, all steps."""
 
     knowing: float
     knowing_drawn: float | None
     knowing_by_step: list[float]
+    asked: list[str]
     drawn: dict[str, int]
     rewards: list[float]
     tokens: int
@@ -109,9 +110,11 @@ def read_training(run_dir: Path, knowledge: Knowledge, processor_seconds: float)
     hits: dict[int, list[bool]] = defaultdict(list)
     drawn_hits: list[bool] = []
     drawn: Counter[str] = Counter()
+    asked: set[str] = set()
     rollouts = 0
     for record in _lines(run_dir / "rollouts.jsonl"):
         rollouts += 1
+        asked.add(record["question_language"])
         if record["origin"] == ORIGIN_FIXED:
             continue
         hit = record["language"] in knowing(record, knowledge)
@@ -123,6 +126,7 @@ def read_training(run_dir: Path, knowledge: Knowledge, processor_seconds: float)
         knowing=fmean(hit for own in hits.values() for hit in own),
         knowing_drawn=fmean(drawn_hits) if drawn_hits else None,
         knowing_by_step=[fmean(hits[step]) for step in sorted(hits)],
+        asked=sorted(asked),
         drawn=dict(sorted(drawn.items())),
         rewards=[record["reward"] for record in steps],
         tokens=round(sum(record["length"] * record["count"] for record in steps)),

@@ -14,6 +14,8 @@ BEGIN, END = "<!-- reproduce:begin -->", "<!-- reproduce:end -->"
 FIGURE = "reproduce.svg"
 COLUMNS = (
     ("accuracy", "accuracy", 3),
+    ("accuracy_asked", "in trained languages", 3),
+    ("accuracy_unasked", "in others", 3),
     ("known", "of known", 3),
     ("unknown", "of unknown", 3),
     ("reward", "reward", 3),
@@ -64,24 +66,27 @@ def block(results: Results, summaries: Sequence[Summary]) -> str:
     assert first.training is not None
     seeds = sorted({len(summary.seeds) for summary in summaries})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    asked, languages = first.training.asked, list(first.measure.accuracy)
+    where = "" if asked == languages else f" Trained on questions in {', '.join(asked)}."
     intro = (
-        f"{counted} seeds of {len(first.training.rewards)} steps, {first.training.rollouts:,} rollouts a run; "
-        f"{first.measure.questions:,} questions in {len(first.measure.accuracy)} languages. Mean over seeds ± half of "
-        "its 95 % interval; in brackets the difference to GRPO, paired by seed:"
+        f"{counted} seeds of {len(first.training.rewards)} steps, {first.training.rollouts:,} rollouts a run.{where} "
+        f"Measured on {first.measure.questions:,} questions about other facts, in {len(languages)} languages. Mean over "
+        "seeds ± half of its 95 % interval; in brackets the difference to GRPO, paired by seed:"
     )
     return f"{intro}\n\n{table(results, summaries)}"
 
 
 def table(results: Results, summaries: Sequence[Summary]) -> str:
     """Markdown: the base model, then an arm a row."""
-    headings = ["", *(heading for _, heading, _ in COLUMNS), "tokens", "processor s"]
+    columns = [column for column in COLUMNS if any(column[0] in summary.figures for summary in summaries)]
+    headings = ["", *(heading for _, heading, _ in columns), "tokens", "processor s"]
     lines = [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
     for outcome in results.of(BASE)[:1]:
         found = figures(outcome)
-        cells = [f"{found[name]:.{digits}f}" if name in found else "" for name, _, digits in COLUMNS]
+        cells = [f"{found[name]:.{digits}f}" if name in found else "" for name, _, digits in columns]
         lines.append(_row(["base model", *cells, "", ""]))
     for summary in summaries:
-        cells = [_cell(summary, name, digits) for name, _, digits in COLUMNS]
+        cells = [_cell(summary, name, digits) for name, _, digits in columns]
         cells += [f"{summary.figures[name].mean:,.0f}" for name in ("tokens", "processor_seconds")]
         lines.append(_row([ARMS[summary.arm].label, *cells]))
     return "\n".join(lines)
@@ -109,7 +114,7 @@ def details(results: Results, summaries: Sequence[Summary]) -> str:
     for summary in summaries:
         if summary.arm == BASELINE:
             continue
-        for name in ("accuracy", "known", "reward", "wrong_language"):
+        for name in ("accuracy", "accuracy_asked", "accuracy_unasked", "known", "reward", "wrong_language"):
             found = summary.differences.get(name)
             if found is not None and found.count > 1:
                 apart = "apart from 0" if found.apart else "not apart from 0"

@@ -68,7 +68,8 @@ def language_groups(taught: Mapping[str, float]) -> dict[str, list[str]]:
 
 
 def figures(outcome: Outcome) -> dict[str, float]:
-    """All single numbers of a run, by name: what is averaged over seeds."""
+    """All single numbers of a run, by name: what is averaged over seeds. `_asked`, `_unasked`: over the languages in
+    which training asked questions, and the others."""
     measure = outcome.measure
     found = {
         "accuracy": macro(measure.accuracy),
@@ -80,6 +81,10 @@ def figures(outcome: Outcome) -> dict[str, float]:
         **_by_group(measure),
     }
     if (training := outcome.training) is not None:
+        unasked = sorted(measure.accuracy.keys() - set(training.asked))
+        for name, values in (("accuracy", measure.accuracy), ("reward", measure.reward)):
+            if unasked:
+                found |= {f"{name}_asked": macro(values, training.asked), f"{name}_unasked": macro(values, unasked)}
         found |= {
             "knowing": training.knowing,
             "tokens": float(training.tokens),
