@@ -109,11 +109,13 @@ class Bench:
         directory.mkdir(parents=True)
         settings.write_text(json.dumps(digests))
 
-    def steps_under_way(self) -> int:
-        """Steps that unfinished trainings have done."""
+    def progress(self) -> tuple[int, str]:
+        """Steps that unfinished trainings have done, and their names."""
         with self.lock:
-            files = [run_dir / "metrics.jsonl" for run_dir in self.under_way]
-        return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+            running = sorted(self.under_way)
+        files = [run_dir / "metrics.jsonl" for run_dir in running]
+        steps = sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+        return steps, ", ".join(run_dir.parent.name for run_dir in running)
 
     def _train(self, arm: Arm, seed: int, run_dir: Path) -> float:
         world = self.plan.world
@@ -193,8 +195,9 @@ def reproduce(bench: Bench, arms: Sequence[Arm], seeds: Sequence[int], jobs: int
                         failures.append(f"{name}: {error}")
                         tqdm.write(failures[-1])
                     done_steps += steps * (name != BASE)
-                bar.n = min(bar.total, done_steps + bench.steps_under_way())
-                bar.set_postfix_str(", ".join(sorted(path.parent.name for path in bench.under_way)))
+                running, names = bench.progress()
+                bar.n = min(bar.total, done_steps + running)
+                bar.set_postfix_str(names)
         finally:
             # Nothing new begins; what runs is told to end.
             pool.shutdown(wait=False, cancel_futures=True)

@@ -12,3 +12,6 @@ import nemo_lrpo.serving.client  # noqa: E402
 import nemo_lrpo.tasks  # noqa: E402
 import nemo_lrpo.train  # noqa: E402
 import nemo_lrpo.training.trainer  # noqa: E402, F401
+
+# Every process imports the tool itself again, which then finds the large part of that done.
+import tools.miniature.page  # noqa: E402, F401

@@ -43,6 +43,7 @@ class EntryPoints:
         self._warm = not Path("/dev/nvidiactl").exists()
         self._context = multiprocessing.get_context("forkserver")
         self._running: set[multiprocessing.process.BaseProcess] = set()
+        self._stopped = False
         self._lock = threading.Lock()
         if self._warm:
             self._context.set_forkserver_preload(["tools.miniature.preload"])
@@ -58,6 +59,8 @@ class EntryPoints:
             target=_run_here if self._warm else _run_apart, args=(module, list(arguments), str(log), str(usage))
         )
         with self._lock:
+            if self._stopped:
+                raise ProcessFailed(f"{module} was not started: told to stop.")
             process.start()
             self._running.add(process)
         try:
@@ -70,8 +73,9 @@ class EntryPoints:
         return sum(map(float, usage.read_text().split()))
 
     def stop(self) -> None:
-        """Tell what runs to end; a training saves first."""
+        """Tell what runs to end, and start nothing more; a training saves first."""
         with self._lock:
+            self._stopped = True
             for process in self._running:
                 if process.is_alive():
                     process.terminate()
