@@ -241,21 +241,22 @@ def test_a_run_of_other_settings_is_begun_anew(bench: Callable[[Entries], Bench]
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, world: World) -> None:
     plan = Plan(world, 3)
     results = Results(tmp_path / "results.jsonl")
-    for name in ("grpo", "no_gate"):
-        results.add(outcome(name, 0, {"de": 0.1}, plan.digests(ARMS[name])))
+    arms = [ARMS["grpo"], ARMS["no_gate"]]
+    for arm in arms:
+        results.add(outcome(arm.name, 0, {"de": 0.1}, plan.digests(arm)))
     results.add(outcome(BASE, 0, {"de": 0.1}, plan.common))
     found = Results(tmp_path / "results.jsonl")
     assert found.of("no_gate") == results.of("no_gate")
-    found.check(plan, ARMS.values())
+    found.check(plan, arms)
     assert plan.digests(ARMS["grpo"]) != plan.digests(ARMS["no_gate"])
 
     with pytest.raises(ResultsError, match=r"the run grpo, seed 0, had another train than"):
-        found.check(Plan(world, 4), ARMS.values())
+        found.check(Plan(world, 4), arms)
     with pytest.raises(ResultsError, match=r"another train than"):
-        found.check(Plan(world, 3, ("model.optim.lr=1",)), ARMS.values())
+        found.check(Plan(world, 3, ("model.optim.lr=1",)), arms)
     world.calibration.write_text("measured again")
     with pytest.raises(ResultsError, match=r"another calibration than.*another --out"):
-        found.check(Plan(world, 3), ARMS.values())
+        found.check(Plan(world, 3), arms)
 
 
 def test_a_line_that_was_cut_off_is_left_out_and_another_file_is_refused(tmp_path: Path) -> None:

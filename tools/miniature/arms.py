@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -103,6 +103,7 @@ class Plan:
     world: World
     steps: int
     overrides: tuple[str, ...] = ()
+    _found: dict[str, dict[str, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def train_settings(self, arm: Arm, seed: int) -> list[str]:
         """Overrides of conf/demo.yaml, but for paths. Every rollout is logged, since its language is counted; nothing
@@ -128,9 +129,12 @@ class Plan:
     def digests(self, arm: Arm) -> dict[str, str]:
         """What an outcome of `arm` depends on besides its seed, by name, each as a few hexadecimal digits. Source code
         is not among it: after a change of that begin another directory."""
-        train = OmegaConf.to_container(compose("demo", self.train_settings(arm, 0)), resolve=False)
-        own = {"train": train, "reward": self._rewards(arm.server)}
-        return self.common | {name: _digest(json.dumps(value, sort_keys=True)) for name, value in own.items()}
+        if arm.name not in self._found:
+            train = OmegaConf.to_container(compose("demo", self.train_settings(arm, 0)), resolve=False)
+            own = {"train": train, "reward": self._rewards(arm.server)}
+            digests = {name: _digest(json.dumps(value, sort_keys=True)) for name, value in own.items()}
+            self._found[arm.name] = self.common | digests
+        return self._found[arm.name]
 
     @cached_property
     def common(self) -> dict[str, str]:

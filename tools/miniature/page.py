@@ -23,6 +23,8 @@ COLUMNS = (
     ("knowing", "rollouts in a knowing language", 3),
 )
 """(figure, its heading, decimals)"""
+DEFAULT = "default"
+COMPARED = ("accuracy", "accuracy_asked", "accuracy_unasked", "known", "reward", "wrong_language", "knowing_drawn")
 GROUPS = ("rich", "middle", "poor")
 
 
@@ -39,7 +41,7 @@ def write_all(results: Results, out: Path, readme: Path | None) -> list[str]:
     if readme is not None:
         picture = readme.parent / "docs" / FIGURE
         picture.parent.mkdir(parents=True, exist_ok=True)
-        draw(results, summaries, picture)
+        picture.write_bytes((out / FIGURE).read_bytes())
         body = f"{text}\n\n![Accuracy of every arm and seed, and routed share by step](docs/{FIGURE})"
         _write(readme, with_block(readme.read_text(encoding="utf-8"), body, readme))
     return [text, "", f"{out / 'results.md'}, {out / FIGURE}"]
@@ -93,7 +95,7 @@ def table(results: Results, summaries: Sequence[Summary]) -> str:
 
 
 def details(results: Results, summaries: Sequence[Summary]) -> str:
-    """By groups of languages, where the router's rollouts went, and which differences to GRPO are apart from 0."""
+    """By groups of languages, where the router's rollouts went, and which differences between arms are apart from 0."""
     some = results.of(summaries[0].arm)[0]
     groups = language_groups(some.measure.taught)
     headings = ["", *(f"{name} ({' '.join(groups[name])})" for name in GROUPS), "true in any language"]
@@ -110,19 +112,28 @@ def details(results: Results, summaries: Sequence[Summary]) -> str:
             shares = drawn_shares(results.of(summary.arm))
             cells = [f"{shares.get(language, 0.0):.3f}" for language in languages]
             lines.append(_row([ARMS[summary.arm].label, *cells, f"{summary.figures['knowing_drawn'].mean:.3f}"]))
-    lines += ["", "Differences to GRPO, paired by seed, with 95 % intervals:", ""]
-    for summary in summaries:
-        if summary.arm == BASELINE:
+    lines += ["", "Differences, paired by seed, with 95 % intervals:", ""]
+    lines += comparisons(results, [summary.arm for summary in summaries])
+    return "\n".join(lines)
+
+
+def comparisons(results: Results, arms: Sequence[str]) -> list[str]:
+    """A list of what each arm has beyond GRPO, and what the default has beyond each of the others."""
+    lines = []
+    pairs = [(arm, BASELINE) for arm in arms] + [(DEFAULT, arm) for arm in arms]
+    for arm, other in dict.fromkeys(pairs):
+        if arm == other or arm not in arms:
             continue
-        for name in ("accuracy", "accuracy_asked", "accuracy_unasked", "known", "reward", "wrong_language"):
+        summary = summarise(arm, results.of(arm), results.of(other))
+        for name in COMPARED:
             found = summary.differences.get(name)
             if found is not None and found.count > 1:
                 apart = "apart from 0" if found.apart else "not apart from 0"
                 lines.append(
-                    f"- {ARMS[summary.arm].label}, {name}: {found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}, "
-                    f"{found.count} seeds), {apart}"
+                    f"- {ARMS[arm].label} - {ARMS[other].label}, {name}: {found.mean:+.4f} ({found.low:+.4f} to "
+                    f"{found.high:+.4f}, {found.count} seeds), {apart}"
                 )
-    return "\n".join(lines)
+    return lines
 
 
 def drawn_shares(outcomes: Sequence[Outcome]) -> dict[str, float]:
