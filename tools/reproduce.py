@@ -173,6 +173,9 @@ def reproduce(bench: Bench, arms: Sequence[Arm], seeds: Sequence[int], jobs: int
     other runs are done all the same."""
     from tqdm import tqdm
 
+    for arm in arms:
+        # Here and not in two threads: Hydra composes one configuration at a time.
+        bench.plan.digests(arm)
     open_runs = [(arm, seed) for seed in seeds for arm in arms if bench.results.get(arm.name, seed) is None]
     failures = []
     steps = bench.plan.steps

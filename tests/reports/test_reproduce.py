@@ -213,7 +213,7 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(bench: Callable[[Entri
     assert trained == ["grpo_0", "no_gate_0", "grpo_1", "no_gate_1"], "seed by seed"
 
     again = Entries()
-    assert reproduce(bench(again), arms, range(2), jobs=1) == []
+    assert reproduce(bench(again), arms, range(2), jobs=3) == []
     assert [(module, name) for module, name, _ in again.calls] == [
         ("nemo_lrpo.train", "no_gate_0"),
         ("nemo_lrpo.evaluate", "no_gate_0"),
@@ -223,6 +223,9 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(bench: Callable[[Entri
     assert evaluation["reward.endpoint_file"] == "default", "is judged as all others are"
     assert train["router"] == "default" and train["seed"] == evaluation["seed"] == "0"
     results = bench(again).results
+    more = Entries()
+    assert reproduce(bench(more), [*arms, ARMS["uniform"]], range(3), jobs=3) == []
+    assert len(more.calls) == 2 * 5, "a seed more of three arms, and two of a new one"
     assert [len(results.of(name)) for name in (BASE, "grpo", "no_gate")] == [1, 2, 2]
 
 
