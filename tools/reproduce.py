@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of conf/demo.yaml, for all arms")
     parser.add_argument("--arms", help="comma-separated, as named below (all)")
     parser.add_argument("--seeds", type=int, help=f"number of seeds ({SEEDS})")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (0)")
+    parser.add_argument("--first-seed", type=int, default=1, help="the first of them (1; NeMo takes no 0)")
     parser.add_argument("--steps", type=int, help=f"training steps of every run ({STEPS})")
     parser.add_argument("--data", type=Path, default=ROOT / "build/data", help="of tools/build_data.py (build/data)")
     parser.add_argument("--models", type=Path, default=ROOT / "build/models", help="of tools/build_models.py")
@@ -253,8 +253,8 @@ def _main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.error(f"--arms: {unknown[0]!r} is not known; accepted: {', '.join(ARMS)}.")
     steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
     seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
-    if min(steps, seeds, options.jobs) < 1:
-        parser.error("--steps, --seeds and --jobs must be at least 1.")
+    if min(steps, seeds, options.first_seed, options.jobs) < 1:
+        parser.error("--steps, --seeds, --first-seed and --jobs must be at least 1.")
     out = (options.out or ROOT / ("results/reproduce_quick" if options.quick else "results/reproduce")).resolve()
     started = time.perf_counter()
     failures: list[str] = []
