@@ -1,6 +1,6 @@
 """Where speed is measured: one JSON object a line, with the sizes, the figures and a ratio from the same run.
 
-    python tools/bench.py step [--json] [--steps 6] [--rounds 2]
+    python tools/bench.py step [--json] [--router default] [--steps 6] [--rounds 2]
     python tools/bench.py reward [--json]
     python tools/bench.py lid [--json]
     python tools/bench.py routing [--json] [--router default]
