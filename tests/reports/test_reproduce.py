@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from nemo_lrpo.config.loader import compose, load_train_config, to_dataclass
+from nemo_lrpo.config.reward import ServeRewardsConfig
 from tools.demo_world import LANGUAGES, build_facts
 from tools.miniature.arms import ARMS, Plan, World
 from tools.miniature.outcomes import (
@@ -163,6 +165,30 @@ def world(tmp_path: Path) -> World:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
     return own
+
+
+def test_every_arm_is_what_it_says_with_the_same_budget(world: World) -> None:
+    plan = Plan(world, 3)
+    found, servers = {}, {}
+    for name, arm in ARMS.items():
+        paths = [f"data.train={world.train}", f"pretrained_checkpoint.restore_from_path={world.calibration}"]
+        paths.append(f"reward.endpoint_file={world.calibration}")
+        found[name] = load_train_config(compose("demo", [*plan.train_settings(arm, 7), *paths]))
+        servers[name] = to_dataclass(ServeRewardsConfig, compose("demo_rewards", arm.server))
+    names = {name: config.router.name for name, config in found.items()}
+    assert names == {
+        "grpo": "monolingual",
+        "input_dominant": "fixed",
+        "en_dominant": "fixed",
+        "uniform": "uniform",
+        "published": "published",
+        **dict.fromkeys(("default", "no_calibration", "no_gate"), "hierarchical"),
+    }
+    assert found["input_dominant"].router.mix == {"question": 0.7, "uniform": 0.3}
+    loops = [(config.loop, config.seed, config.algorithm, config.rollout) for config in found.values()]
+    assert all(loop == loops[0] for loop in loops) and loops[0][0].max_steps == 3 and loops[0][1] == 7
+    assert {name for name, own in servers.items() if own.calibration.method == "none"} == {"no_calibration"}
+    assert {name for name, own in servers.items() if own.language_id.gate == "off"} == {"no_gate"}
 
 
 class Endpoints:
