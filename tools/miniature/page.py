@@ -16,15 +16,22 @@ COLUMNS = (
     ("accuracy", "accuracy", 3),
     ("accuracy_asked", "in trained languages", 3),
     ("accuracy_unasked", "in others", 3),
-    ("known", "of known", 3),
-    ("unknown", "of unknown", 3),
     ("reward", "reward", 3),
     ("wrong_language", "wrong language", 3),
     ("knowing", "rollouts in a knowing language", 3),
 )
 """(figure, its heading, decimals)"""
 DEFAULT = "default"
-COMPARED = ("accuracy", "accuracy_asked", "accuracy_unasked", "known", "reward", "wrong_language", "knowing_drawn")
+COMPARED = (
+    "accuracy",
+    "accuracy_asked",
+    "accuracy_unasked",
+    "known",
+    "reward",
+    "wrong_language",
+    "knowing_drawn",
+    "asked_drawn",
+)
 GROUPS = ("rich", "middle", "poor")
 
 
@@ -98,20 +105,30 @@ def details(results: Results, summaries: Sequence[Summary]) -> str:
     """By groups of languages, where the router's rollouts went, and which differences between arms are apart from 0."""
     some = results.of(summaries[0].arm)[0]
     groups = language_groups(some.measure.taught)
-    headings = ["", *(f"{name} ({' '.join(groups[name])})" for name in GROUPS), "true in any language"]
-    lines = ["Accuracy by how much the base model was taught in a language:", "", _row(headings)]
-    lines.append(_row(["---", *["---:"] * (len(headings) - 1)]))
+    columns = [(f"accuracy_{name}", f"{name} ({' '.join(groups[name])})") for name in GROUPS if groups[name]]
+    columns += [("known", "known questions"), ("unknown", "others"), ("true_somewhere", "true in any language")]
+    lines = [
+        "Accuracy in the languages that the base model was taught most in, and least; of questions that it was taught in "
+        "their language, and of others; the share of answers that are true in any language:",
+        "",
+        _row(["", *(heading for _, heading in columns)]),
+        _row(["---", *["---:"] * len(columns)]),
+    ]
     for summary in summaries:
-        cells = [_cell(summary, f"accuracy_{group}", 3) for group in GROUPS if groups[group]]
-        lines.append(_row([ARMS[summary.arm].label, *cells, _cell(summary, "true_somewhere", 3)]))
+        lines.append(_row([ARMS[summary.arm].label, *(_cell(summary, name, 3) for name, _ in columns)]))
     languages = list(some.measure.accuracy)
-    lines += ["", "Share of the drawn rollouts by language:", "", _row(["", *languages, "knowing"])]
-    lines.append(_row(["---", *["---:"] * (len(languages) + 1)]))
+    lines += [
+        "",
+        "Share of the drawn rollouts by language; in languages that know the fact, and that training asks in:",
+        "",
+    ]
+    lines += [_row(["", *languages, "knowing", "asked in"]), _row(["---", *["---:"] * (len(languages) + 2)])]
     for summary in summaries:
         if "knowing_drawn" in summary.figures:
             shares = drawn_shares(results.of(summary.arm))
             cells = [f"{shares.get(language, 0.0):.3f}" for language in languages]
-            lines.append(_row([ARMS[summary.arm].label, *cells, f"{summary.figures['knowing_drawn'].mean:.3f}"]))
+            cells += [f"{summary.figures[name].mean:.3f}" for name in ("knowing_drawn", "asked_drawn")]
+            lines.append(_row([ARMS[summary.arm].label, *cells]))
     lines += ["", "Differences, paired by seed, with 95 % intervals:", ""]
     lines += comparisons(results, [summary.arm for summary in summaries])
     return "\n".join(lines)
@@ -153,7 +170,7 @@ def draw(results: Results, summaries: Sequence[Summary], path: Path) -> None:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "reproduce", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "reproduce", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(9.5, 0.9 + 0.38 * max(len(summaries), 6)), layout="constrained")
         FigureCanvasSVG(figure)
         scores, routes = figure.subplots(1, 2, width_ratios=(1.15, 1))

@@ -69,7 +69,8 @@ def language_groups(taught: Mapping[str, float]) -> dict[str, list[str]]:
 
 def figures(outcome: Outcome) -> dict[str, float]:
     """All single numbers of a run, by name: what is averaged over seeds. `_asked`, `_unasked`: over the languages in
-    which training asked questions, and the others."""
+    which training asked questions, and the others. `asked_drawn`: of the drawn rollouts, the share in the
+    former."""
     measure = outcome.measure
     found = {
         "accuracy": macro(measure.accuracy),
@@ -93,6 +94,8 @@ def figures(outcome: Outcome) -> dict[str, float]:
         }
         if training.knowing_drawn is not None:
             found["knowing_drawn"] = training.knowing_drawn
+            asked = sum(training.drawn.get(language, 0) for language in training.asked)
+            found["asked_drawn"] = asked / sum(training.drawn.values())
     return found
 
 
