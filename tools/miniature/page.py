@@ -49,7 +49,7 @@ def write_all(results: Results, out: Path, readme: Path | None) -> list[str]:
         picture = readme.parent / "docs" / FIGURE
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_bytes((out / FIGURE).read_bytes())
-        body = f"{text}\n\n![Accuracy of every arm and seed, and routed share by step](docs/{FIGURE})"
+        body = f"{text}\n\n![Accuracy and reward of every arm and seed, and routed share by step](docs/{FIGURE})"
         _write(readme, with_block(readme.read_text(encoding="utf-8"), body, readme))
     return [text, "", f"{out / 'results.md'}, {out / FIGURE}"]
 
@@ -108,8 +108,8 @@ def details(results: Results, summaries: Sequence[Summary]) -> str:
     columns = [(f"accuracy_{name}", f"{name} ({' '.join(groups[name])})") for name in GROUPS if groups[name]]
     columns += [("known", "known questions"), ("unknown", "others"), ("true_somewhere", "true in any language")]
     lines = [
-        "Accuracy in the languages that the base model was taught most in, and least; of questions that it was taught in "
-        "their language, and of others; the share of answers that are true in any language:",
+        "Accuracy in the languages that the base model was taught most in, and least; of questions that it was taught "
+        "in their language, and of others; the share of answers that are true in any language:",
         "",
         _row(["", *(heading for _, heading in columns)]),
         _row(["---", *["---:"] * len(columns)]),
@@ -164,36 +164,39 @@ def drawn_shares(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def draw(results: Results, summaries: Sequence[Summary], path: Path) -> None:
-    """SVG, the same bytes for the same results: accuracy of every arm with interval and seeds; the share of rollouts in
-    languages that know the fact, by step."""
+    """SVG, the same bytes for the same results: accuracy and reward of every arm with interval and seeds; the share of
+    rollouts in languages that know the fact, by step."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    colours = {name: f"C{number}" for number, name in enumerate(ARMS)}
     with matplotlib.rc_context({"svg.hashsalt": "reproduce", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(9.5, 0.9 + 0.38 * max(len(summaries), 6)), layout="constrained")
+        figure = Figure(figsize=(10.5, 1.0 + 0.33 * max(len(summaries), 6)), layout="constrained")
         FigureCanvasSVG(figure)
-        scores, routes = figure.subplots(1, 2, width_ratios=(1.15, 1))
-        for height, summary in enumerate(summaries):
-            colour = f"C{list(ARMS).index(summary.arm)}"
-            found = summary.figures["accuracy"]
-            error = None if math.isnan(found.half) else found.half
-            scores.errorbar(found.mean, height, xerr=error, fmt="o", color=colour, capsize=3, zorder=3)
-            own = [figures(outcome)["accuracy"] for outcome in results.of(summary.arm)]
-            scores.plot(own, [height + 0.22] * len(own), "|", color=colour, alpha=0.6)
-            steps = list(zip(*(o.training.knowing_by_step for o in results.of(summary.arm) if o.training)))
+        panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
+        for axes, name in zip(panels, ("accuracy", "reward")):
+            for height, summary in enumerate(summaries):
+                own = [figures(outcome)[name] for outcome in results.of(summary.arm)]
+                half = summary.figures[name].half
+                error, colour = None if math.isnan(half) else half, colours[summary.arm]
+                axes.errorbar(summary.figures[name].mean, height, xerr=error, fmt="o", color=colour, capsize=3)
+                axes.plot(own, [height + 0.25] * len(own), "|", color=colour, alpha=0.6)
+            for outcome in results.of(BASE)[:1]:
+                axes.axvline(figures(outcome)[name], color="0.6", linestyle=":")
+            labels = [ARMS[summary.arm].label if axes is panels[0] else "" for summary in summaries]
+            axes.set_yticks(range(len(summaries)), labels)
+            axes.invert_yaxis()
+            axes.set_xlabel(f"{name}, mean of languages")
+        for summary, label in zip(summaries, panels[0].get_yticklabels()):
+            label.set_color(colours[summary.arm])
+            steps = zip(*(o.training.knowing_by_step for o in results.of(summary.arm) if o.training))
             means = [sum(step) / len(step) for step in steps]
-            routes.plot(range(1, len(means) + 1), means, color=colour, label=ARMS[summary.arm].label)
-        for outcome in results.of(BASE)[:1]:
-            scores.axvline(figures(outcome)["accuracy"], color="0.6", linestyle=":", label="base model")
-            scores.legend(frameon=False, loc="best")
-        scores.set_yticks(range(len(summaries)), [ARMS[summary.arm].label for summary in summaries])
-        scores.invert_yaxis()
-        scores.set_xlabel("accuracy, mean of languages (bars: 95 %; ticks: seeds)")
-        routes.set_xlabel("step")
-        routes.set_ylabel("rollouts in a language that knows the fact")
-        routes.legend(frameon=False, fontsize=7, ncols=2)
-        for axes in (scores, routes):
+            panels[2].plot(range(1, len(means) + 1), means, color=colours[summary.arm])
+        panels[2].set_xlabel("step")
+        panels[2].set_title("rollouts in a language that knows the fact", fontsize=9)
+        panels[0].set_title("bars: 95 %; ticks: seeds; dotted: before", fontsize=9, loc="left")
+        for axes in panels:
             axes.grid(alpha=0.3)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
