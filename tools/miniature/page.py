@@ -22,16 +22,7 @@ COLUMNS = (
 )
 """(figure, its heading, decimals)"""
 DEFAULT = "default"
-COMPARED = (
-    "accuracy",
-    "accuracy_asked",
-    "accuracy_unasked",
-    "known",
-    "reward",
-    "wrong_language",
-    "knowing_drawn",
-    "asked_drawn",
-)
+COMPARED = ("accuracy", "reward", "wrong_language", "knowing_drawn", "asked_drawn")
 GROUPS = ("rich", "middle", "poor")
 
 
