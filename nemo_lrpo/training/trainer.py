@@ -48,7 +48,7 @@ from nemo_lrpo.types import (
     Rollouts,
     Score,
     StepAbandoned,
-    TaggedPrompt,
+    TaggedPrompts,
     TrainingBatch,
 )
 
@@ -164,7 +164,7 @@ class LrpoTrainer:
         self._step += 1
         return self._record(plan, rollouts, scores, batch, groups, metrics)
 
-    def _render(self, plan: LanguagePlan) -> list[TaggedPrompt]:
+    def _render(self, plan: LanguagePlan) -> TaggedPrompts:
         try:
             return self._renderer.render_all(plan)
         except DataError as error:
