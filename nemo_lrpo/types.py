@@ -16,9 +16,13 @@ This module imports neither torch nor NumPy, so that configuration, routing and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from itertools import repeat
+from typing import TYPE_CHECKING, overload
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +82,19 @@ class RoutedPrompt:
         return f"{self.step}/{self.prompt.question_id}"
 
 
+class RoutedRows(Sequence[RoutedPrompt]):
+    """Routed prompts that are kept as columns; row objects are made where somebody asks for one."""
+
+    @property
+    @abstractmethod
+    def sample_ids(self) -> tuple[str, ...]:
+        """Of every row, as RoutedPrompt.sample_id."""
+
+    @abstractmethod
+    def asked(self) -> tuple[list[str], list[str]]:
+        """Question and language of every row."""
+
+
 @dataclass(frozen=True)
 class TaggedPrompt:
     """A routed prompt as the policy reads it: chat template and language tag applied, tokenised once.
@@ -93,6 +110,71 @@ class TaggedPrompt:
     @property
     def sample_id(self) -> str:
         return self.routed.sample_id
+
+
+@dataclass(frozen=True, eq=False)
+class TaggedPrompts(Sequence[TaggedPrompt]):
+    """The rows of a step as the policy reads them, as columns; row objects are made where somebody asks for one.
+
+    rows: the routed prompts. packed: the token ids of each, int32 in the machine's byte order. prefilled: see
+    TaggedPrompt, None where no row has any.
+    """
+
+    rows: Sequence[RoutedPrompt]
+    packed: Sequence[bytes]
+    prefilled: Sequence[str] | None = None
+
+    @staticmethod
+    def of(prompts: Sequence[TaggedPrompt]) -> TaggedPrompts:
+        """The same rows, as columns."""
+        if isinstance(prompts, TaggedPrompts):
+            return prompts
+        prefilled = [p.prefilled for p in prompts]
+        return TaggedPrompts(
+            [p.routed for p in prompts], [pack(p.token_ids) for p in prompts], prefilled if any(prefilled) else None
+        )
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of every row."""
+        return [len(ids) // _TOKEN_BYTES for ids in self.packed]
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        """Of every row."""
+        rows = self.rows
+        return rows.sample_ids if isinstance(rows, RoutedRows) else tuple(row.sample_id for row in rows)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    @overload
+    def __getitem__(self, index: int) -> TaggedPrompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TaggedPrompt]: ...
+
+    def __getitem__(self, index: int | slice) -> TaggedPrompt | list[TaggedPrompt]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        prefilled = self.prefilled[index] if self.prefilled else ""
+        return TaggedPrompt(self.rows[index], unpack(self.packed[index]), prefilled)
+
+    def __iter__(self) -> Iterator[TaggedPrompt]:
+        return map(TaggedPrompt, self.rows, map(unpack, self.packed), self.prefilled or repeat(""))
+
+
+_TOKEN_BYTES = 4
+
+
+def pack(token_ids: Sequence[int]) -> bytes:
+    """Token ids as int32 in the machine's byte order."""
+    return struct.pack(f"={len(token_ids)}i", *token_ids)
+
+
+def unpack(packed: bytes) -> tuple[int, ...]:
+    """The inverse of `pack`."""
+    return struct.unpack(f"={len(packed) // _TOKEN_BYTES}i", packed)
 
 
 @dataclass

@@ -55,6 +55,8 @@ from tools.saved_router import (  # noqa: E402
 Table = NDArray[np.float64]
 SHOWN_ROWS = 60
 """Topics or regions of a heat map; of more, those furthest from their mean."""
+SHOWN_NAMES = 100
+"""Languages that the axis of a heat map names; of more, evenly spaced ones: names take nearly all of the drawing."""
 SHOWN_CURVES = 20
 """Languages with a curve; of more, those with the largest last values."""
 QUESTION_LANGUAGES = 16
@@ -205,10 +207,16 @@ def draw_heat_map(heat_map: HeatMap) -> bytes:
     least = -limit if signed else float(np.nanmin(shown)) if heat_map.name.endswith("value") else 0.0
     colours = plt.get_cmap("RdBu_r" if signed else "viridis").with_extremes(bad="#cccccc")
     image = axes.imshow(np.ma.masked_invalid(shown), cmap=colours, vmin=least, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(heat_map.languages)), heat_map.languages, fontsize=8, rotation=90)
+    every = _every_name(heat_map)
+    axes.set_xticks(range(0, len(heat_map.languages), every), heat_map.languages[::every], fontsize=8, rotation=90)
     axes.set_yticks(range(len(rows)), [heat_map.rows[row] for row in rows], fontsize=8)
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)
     return _png(figure)
+
+
+def _every_name(heat_map: HeatMap) -> int:
+    """1: all languages are named; n: every n-th."""
+    return math.ceil(len(heat_map.languages) / SHOWN_NAMES)
 
 
 def draw_curves(plot: Curves) -> bytes:
@@ -317,6 +325,8 @@ def _note(plot: HeatMap | Curves) -> str:
     if isinstance(plot, HeatMap):
         left = len(plot.rows) - SHOWN_ROWS
         note = f"The {SHOWN_ROWS} of {len(plot.rows)} rows that differ most from their mean." if left > 0 else ""
+        every = _every_name(plot)
+        note += f" One language in {every} is named; all are in the numbers." if every > 1 else ""
         return note + (" Grey: no choice, or no value." if np.isnan(plot.values).any() else "")
     left = len(plot.lines) - SHOWN_CURVES
     return f"The {SHOWN_CURVES} of {len(plot.lines)} languages with the largest last values." if left > 0 else ""

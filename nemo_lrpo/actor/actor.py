@@ -30,7 +30,7 @@ from nemo_lrpo.actor.spread import spread_by_length, spread_by_plan
 from nemo_lrpo.actor.stop_request import StopRequest
 from nemo_lrpo.algorithms.loss import aggregation_weights, grpo_loss
 from nemo_lrpo.config.schema import RunConfig
-from nemo_lrpo.types import NonFiniteError, Rollouts, Score, TaggedPrompt, TrainingBatch
+from nemo_lrpo.types import NonFiniteError, Rollouts, Score, TaggedPrompt, TaggedPrompts, TrainingBatch
 
 _log = logging.getLogger(__name__)
 
@@ -73,8 +73,9 @@ class MegatronActor:
         should_stop: Callable[[], bool] | None = None,
         expected: Sequence[float] | None = None,
     ) -> Rollouts:
+        prompts = TaggedPrompts.of(prompts)
         total, budget = len(prompts), self._config.rollout.max_new_tokens
-        width = max(len(prompt.token_ids) for prompt in prompts) + budget
+        width = max(prompts.sizes) + budget
         tokens = torch.zeros(total, width, dtype=torch.int64)
         logprobs, has_logprobs = torch.zeros(total, width), False
         facts = torch.zeros(total, 4, dtype=torch.int64)  # length, ended, valid, retried
@@ -111,9 +112,9 @@ class MegatronActor:
         # A rank without rows does not know.
         has_logprobs = bool(collectives.max_over_ranks(int(has_logprobs)))
         return Rollouts(
-            sample_ids=tuple(prompt.sample_id for prompt in prompts),
+            sample_ids=prompts.sample_ids,
             tokens=tokens,
-            prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt in prompts]),
+            prompt_lengths=torch.tensor(prompts.sizes),
             lengths=lengths,
             ended=ended,
             valid=valid,
@@ -125,7 +126,7 @@ class MegatronActor:
 
     def _generate_share(
         self,
-        prompts: Sequence[TaggedPrompt],
+        prompts: TaggedPrompts,
         seeds: Sequence[int],
         temperature: float | None,
         stop: StopRequest,
@@ -148,14 +149,12 @@ class MegatronActor:
                 if answers:
                     yield chunk, batch
 
-    def _spread(
-        self, prompts: Sequence[TaggedPrompt], expected: Sequence[float] | None, ranks: int
-    ) -> list[list[list[int]]]:
+    def _spread(self, prompts: TaggedPrompts, expected: Sequence[float] | None, ranks: int) -> list[list[list[int]]]:
         """Batches of rows for every data-parallel rank of the generation."""
-        rollout, sizes = self._config.rollout, [len(prompt.token_ids) for prompt in prompts]
+        rollout, sizes = self._config.rollout, prompts.sizes
         if rollout.spread == "plan":
             return spread_by_plan(sizes, ranks, rollout.micro_batch_size)
-        groups = [prompt.routed.prompt.question_id for prompt in prompts] if rollout.keep_groups else None
+        groups = [routed.prompt.question_id for routed in prompts.rows] if rollout.keep_groups else None
         tokens = [float(rollout.max_new_tokens)] * len(prompts) if expected is None else expected
         return spread_by_length(sizes, tokens, ranks, rollout.micro_batch_size, groups)
 

@@ -159,6 +159,7 @@ def check_train_config(config: TrainConfig) -> None:
     for name in ("mode", "data", "prompt", "router", "rollout", "reward", "algorithm", "actor", "evaluation"):
         getattr(config, name).check(name)
     config.loop.check("trainer.lrpo")
+    config.router.check_read("router")
     _check_base_model(config)
     _check_trainer(config)
     if config.router.reserved_slots > config.loop.rollouts_per_prompt:

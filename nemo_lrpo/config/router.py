@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Optional
 
 from nemo_lrpo.config.checks import ConfigError, check_choice, check_range
@@ -16,6 +16,17 @@ LEARNED = ("published", "ucb", "thompson", "hierarchical", "features")
 """Values of `router.name` that learn."""
 FIXED = ("monolingual", "uniform", "fixed")
 """Values of `router.name` that do not."""
+_READ_BY_ONE = {
+    **{name: name for name in ("ucb", "thompson", "hierarchical", "features")},
+    **dict.fromkeys(
+        (
+            *("alpha", "normalisation", "zscore_floor", "temperature", "prior", "topic_priors", "region_priors"),
+            *("region_values", "regional_topics", "topic_update"),
+        ),
+        "published",
+    ),
+}
+"""Settings that one router alone reads -> its name."""
 
 
 @dataclass
@@ -285,6 +296,18 @@ class RouterConfig:
                 if not mix:
                     raise ConfigError(f"{key}.{name}[{context!r}] is empty; list languages with weights, or drop it.")
 
+    def check_read(self, key: str) -> None:
+        """Raise ConfigError where a setting was changed that only another router reads: it would do nothing."""
+        defaults = RouterConfig()
+        for name, owner in _READ_BY_ONE.items():
+            changed = _changes(f"{key}.{name}", getattr(self, name), getattr(defaults, name))
+            if changed and owner != self.name:
+                where, value, default = changed[0]
+                raise ConfigError(
+                    f"{where}={value!r} does nothing: {key}.name={owner!r} alone reads it, and this run has "
+                    f"{self.name!r}. Leave it at {default!r}, or choose router={owner}."
+                )
+
     def _check_fixed(self, key: str) -> None:
         """What a router that does not learn cannot do."""
         if self.name in FIXED and self.price.active:
@@ -297,6 +320,14 @@ class RouterConfig:
                 f"{key}.diversity does not go with {key}.name='monolingual', which has one language per group; leave "
                 "it at its defaults."
             )
+
+
+def _changes(key: str, value: object, default: object) -> list[tuple[str, object, object]]:
+    """Key, value and default of what differs, part by part of a section."""
+    if not is_dataclass(value):
+        return [(key, value, default)] if value != default else []
+    parts = [(f"{key}.{f.name}", getattr(value, f.name), getattr(default, f.name)) for f in fields(value)]
+    return [change for part in parts for change in _changes(*part)]
 
 
 def _check_memory(key: str, memory: list[float]) -> None:

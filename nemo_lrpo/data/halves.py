@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nemo_lrpo.data.chat_template import QUESTION, REQUEST, Formula, Parts, fields, fill
 from nemo_lrpo.data.seams import split_tokens, splits_at_line_end
+from nemo_lrpo.types import pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,23 +71,30 @@ class PromptHalves:
             self._request_character_ids = self._ids_at_line_end()
             self._possible = self._part(formula.parts)
 
-    def join(self, questions: Sequence[str], languages: Sequence[str]) -> list[TokenIds | None]:
-        """The ids of each prompt, `questions[i]` in `languages[i]`; None where it has to be tokenised in full."""
-        halves = {language: self.language(language) for language in set(languages)}
-        ids: dict[str, dict[str, TokenIds | None]] = {}
-        for before in {half.before for half in halves.values() if half is not None}:
-            behind = {language for language, half in halves.items() if half is not None and half.before == before}
-            wanted = dict.fromkeys(question for question, language in zip(questions, languages) if language in behind)
-            ids[before] = {
-                question: None if half is None else tuple(half.tolist())
-                for question, half in self.questions(wanted, before).items()
+    def join(self, questions: Sequence[str], languages: Sequence[str]) -> list[bytes | None]:
+        """The packed ids of each prompt, `questions[i]` in `languages[i]`; None where it is to be tokenised in full."""
+        halves = {language: self.language(language) for language in dict.fromkeys(languages)}
+        before = {language: None if half is None else half.before for language, half in halves.items()}
+        places = set(before.values())
+        packed: dict[str, dict[str, bytes | None]] = {}
+        for place in places - {None}:
+            asked = questions if len(places) == 1 else [q for q, x in zip(questions, languages) if before[x] == place]
+            packed[place] = {
+                question: None if ids is None else ids.tobytes()
+                for question, ids in self.questions(dict.fromkeys(asked), place).items()
             }
-        joined: list[TokenIds | None] = []
+        known = {
+            x: (None, b"") if half is None else (packed[half.before], pack(half.ids)) for x, half in halves.items()
+        }
+        always = not self._possible or not self._formula.conditions
+        joined: list[bytes | None] = []
         for question, language in zip(questions, languages):
-            half = halves[language]
-            first = None if half is None else ids[half.before][question]
-            sure = first is not None and (not self._formula.conditions or self._holds(question, language))
-            joined.append(self._joined(first, half.ids) if sure else None)
+            of_place, second = known[language]
+            first = None if of_place is None else of_place[question]
+            if first is None or not (always or self._holds(question, language)):
+                joined.append(None)
+            else:
+                joined.append(first + second if self._question_first else second + first)
         return joined
 
     def longest(self, questions: Sequence[str], languages: Sequence[str]) -> list[int | None]:

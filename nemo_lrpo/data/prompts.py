@@ -17,7 +17,7 @@ from nemo_lrpo.data.chat_template import trace
 from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.halves import PromptHalves, TokenIds
 from nemo_lrpo.data.languages import language_tag, system_prompt
-from nemo_lrpo.types import Prompt, RoutedPrompt, TaggedPrompt
+from nemo_lrpo.types import Prompt, RoutedPrompt, RoutedRows, TaggedPrompt, TaggedPrompts, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,25 +84,27 @@ class PromptRenderer:
         """`routed` with its token ids; see `render_all`."""
         return self.render_all([routed])[0]
 
-    def render_all(self, plan: Sequence[RoutedPrompt]) -> list[TaggedPrompt]:
+    def render_all(self, plan: Sequence[RoutedPrompt]) -> TaggedPrompts:
         """The rows of `plan` with their token ids, in order.
 
         Raises DataError where one exceeds `max_tokens`, which `fitting` has ruled out for the questions it returned.
         """
-        rows = list(plan)
-        questions, languages = [row.prompt.question for row in rows], [row.language for row in rows]
+        if isinstance(plan, RoutedRows):
+            questions, languages = plan.asked()
+        else:
+            questions, languages = [row.prompt.question for row in plan], [row.language for row in plan]
         joined = self._halves.join(questions, languages)
-        tagged = [
-            self._prefilled(row, self._in_full(row.prompt.question, row.language) if ids is None else ids)
-            for row, ids in zip(rows, joined)
-        ]
-        limit = self._config.max_tokens
-        for row in tagged:
-            if len(row.token_ids) > limit:
-                raise DataError(
-                    f"question {row.routed.prompt.question_id!r} in {row.routed.language!r}: {len(row.token_ids)} "
-                    f"tokens with chat template, more than prompt.max_tokens={limit}."
-                )
+        for row, ids in enumerate(joined):
+            if ids is None:
+                joined[row] = pack(self._in_full(questions[row], languages[row]))
+        prefilled = self._begin_responses(plan, joined) if self._prefill else None
+        tagged, limit = TaggedPrompts(plan, joined, prefilled), self._config.max_tokens
+        if max(tagged.sizes, default=0) > limit:
+            row, size = next((row, size) for row, size in enumerate(tagged.sizes) if size > limit)
+            raise DataError(
+                f"question {plan[row].prompt.question_id!r} in {languages[row]!r}: {size} tokens with chat template, "
+                f"more than prompt.max_tokens={limit}."
+            )
         return tagged
 
     def tokens_of(self, text: str) -> TokenIds:
@@ -161,11 +163,16 @@ class PromptRenderer:
         bar.close()
         return longest
 
-    def _prefilled(self, row: RoutedPrompt, ids: TokenIds) -> TaggedPrompt:
-        if row.thinking is None:
-            return TaggedPrompt(row, ids)
+    def _begin_responses(self, plan: Sequence[RoutedPrompt], packed: list[bytes | None]) -> list[str]:
+        """Put the prefill's tokens behind the rows that are made to think in a language. Returns its text by row, empty
+        for the others."""
         assert self._prefill is not None
-        return TaggedPrompt(row, ids + self._tail(row.thinking), self._prefill.text(row.thinking))
+        texts = [""] * len(packed)
+        for row, routed in enumerate(plan):
+            if routed.thinking is not None:
+                packed[row] += pack(self._tail(routed.thinking))
+                texts[row] = self._prefill.text(routed.thinking)
+        return texts
 
     def _tail(self, language: str) -> TokenIds:
         """The prefill's tokens, as they are at the beginning of a response."""

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from nemo_lrpo.config.router import PriceConfig, RolloutsConfig
 from nemo_lrpo.router.base import RouterStateError, finite_array
 from nemo_lrpo.router.cells import Cells
-from nemo_lrpo.router.objective import GroupSpread
 from nemo_lrpo.router.observed import Observed
 from nemo_lrpo.router.policy import Context
 from nemo_lrpo.router.state import Fit
@@ -59,7 +58,7 @@ class Variation:
         self.cells = Cells(languages, total=(), groups=())
         """total: discounted sum of standard deviations. groups: discounted number of groups."""
 
-    def observe(self, rows: Observed, spread: GroupSpread) -> None:
+    def observe(self, rows: Observed) -> None:
         """Take in a step; groups of one reward say nothing."""
         if not self._config.adaptive:
             return
@@ -67,6 +66,7 @@ class Variation:
             array *= self._config.memory
         cell = np.zeros(rows.groups, np.int64)
         cell[rows.group] = self.cells.claim(rows.contexts)[rows.context]
+        spread = rows.spread
         compared = np.flatnonzero(spread.count > 1)
         np.add.at(self.cells.arrays["total"], cell[compared], spread.std[compared])
         np.add.at(self.cells.arrays["groups"], cell[compared], 1.0)

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_lrpo.router.base import RouterStateError, finite_array
-from nemo_lrpo.router.policy import Context
+from nemo_lrpo.router.policy import Cell, Context
 from nemo_lrpo.router.state import Fit
-from nemo_lrpo.router.tables import Cell, cell_of
 
 
 class Cells:
@@ -27,11 +26,11 @@ class Cells:
 
     def find(self, contexts: Sequence[Context]) -> NDArray[np.int64]:
         """int64 [N]: the row of each context's cell, -1 where it has none; creates nothing."""
-        return np.array([self._rows.get(cell_of(c), -1) for c in contexts], np.int64)
+        return np.array([self._rows.get(c.cell, -1) for c in contexts], np.int64)
 
     def claim(self, contexts: Sequence[Context]) -> NDArray[np.int64]:
         """int64 [N]: the row of each context's cell; new cells get rows of zeros."""
-        rows = [self._rows.setdefault(cell_of(c), len(self._rows)) for c in contexts]
+        rows = [self._rows.setdefault(c.cell, len(self._rows)) for c in contexts]
         for name, array in self.arrays.items():
             grown = np.zeros((len(self._rows) - len(array), *array.shape[1:]))
             self.arrays[name] = np.concatenate([array, grown])
@@ -45,7 +44,7 @@ class Cells:
     def restore(self, part: str, saved: Mapping[str, Any], fit: Fit) -> None:
         """Continue from `state()`. Raises RouterStateError, naming `part`, for a state that is damaged."""
         try:
-            cells = [cell_of(Context(tuple(topics), tuple(regions))) for topics, regions in saved["cells"]]
+            cells = [Context(tuple(topics), tuple(regions)).cell for topics, regions in saved["cells"]]
         except (KeyError, TypeError, ValueError) as error:
             raise RouterStateError(f"router state: {part!r} is missing its cells or damaged ({error}).") from error
         # Older states kept cells apart by the order of their names: the first one counts.

@@ -114,14 +114,17 @@ class FeaturePolicy:
 
     def probabilities(self, contexts: Sequence[Context], step: int, charges: Array | None = None) -> Array:
         """See LanguagePolicy."""
-        means, variances = self._predicted(self._features(contexts))
-        return self._memories.probabilities(means, variances, charges, self._settings.sharpness)
+        features = self._features(contexts)
+        return self._memories.probabilities(
+            lambda m: self._fits[m].predict(features), charges, self._settings.sharpness
+        )
 
     def values(self, contexts: Sequence[Context]) -> Array:
         """See LanguagePolicy: posterior means; NaN before the first rollout."""
         if not any(moments.count for moments in self._moments):
             return np.full((len(contexts), self._languages), np.nan)
-        return self._memories.mean(self._predicted(self._features(contexts))[0])
+        features = self._features(contexts)
+        return self._memories.mean(np.stack([fit.predict(features)[0] for fit in self._fits]))
 
     def metrics(self, step: int) -> dict[str, float]:
         """Weight of each memory and, by weight, the standard deviations of the blocks' parts and of the noise."""
@@ -139,11 +142,6 @@ class FeaturePolicy:
         missing = list(dict.fromkeys(context for context in contexts if context not in self._known))
         self._known.update(zip(missing, self._hasher(missing)))
         return np.array([self._known[context] for context in contexts]).reshape(-1, self._dimension)
-
-    def _predicted(self, features: Array) -> tuple[Array, Array]:
-        """Posterior mean and variance of every value, float64 [M, C, L] each."""
-        found = [fit.predict(features) for fit in self._fits]
-        return np.stack([mean for mean, _ in found]), np.stack([variance for _, variance in found])
 
     # --- learning ---------------------------------------------------------------------------------------------------
 

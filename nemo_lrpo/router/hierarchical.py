@@ -14,7 +14,7 @@ under that mixture, that l has the largest value, to the power `sharpness`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +23,16 @@ from numpy.typing import NDArray
 
 from nemo_lrpo.config.router import RouterConfig
 from nemo_lrpo.router.base import finite_array, positive_array
+from nemo_lrpo.router.cell_features import CellFeatures, Design, Predictions
 from nemo_lrpo.router.memories import Memories, check_same, normal_log_likelihood
-from nemo_lrpo.router.policy import Context, Evidence
+from nemo_lrpo.router.policy import Cell, Context, Evidence
 from nemo_lrpo.router.questions import QuestionEffects, WindowSums
-from nemo_lrpo.router.tables import STATE_AXES, Cell, CellTable, cell_of
-from nemo_lrpo.router.tree import TreePosterior, tree_posterior, updated_variances
+from nemo_lrpo.router.tables import STATE_AXES, CellTable
+from nemo_lrpo.router.tree import tree_posterior, updated_variances
 from nemo_lrpo.router.typology import relatives
 
 Array = NDArray[np.float64]
+Index = NDArray[np.int64]
 
 _BLOCKS = 3
 """Kinds of effects with a variance of their own on each level of the tree: a, b, d."""
@@ -70,14 +72,14 @@ class _Fit:
     """What one model knows since it last learned. centre: mean of all values, which effects are relative to."""
 
     centre: float
-    effects: TreePosterior
+    effects: Predictions
     scales: _Scales
 
-    def predict(self, features: Array, count: Array, total: Array) -> tuple[Array, Array, Array, Array]:
-        """Of cells with phi `features` [C, D], whose values number `count` and sum to `total` [C, L]: posterior mean
-        and variance of f, posterior mean of e, and the part of e that the data determine; float64 [C, L] each."""
+    def predict(self, rows: Index, count: Array, total: Array) -> tuple[Array, Array, Array, Array]:
+        """Of the cells in `rows` of the features [C], whose values number `count` and sum to `total` [C, L]: posterior
+        mean and variance of f, posterior mean of e, and the part of e that the data determine; float64 [C, L] each."""
         own, noise = self.scales.own, self.scales.noise
-        mean, variance = self.effects.predict(features)
+        mean, variance = self.effects(rows)
         # Given the other effects, the cell's own data pull f from their sum towards the cell's mean by `gain`.
         gain = own * count / (own * count + noise)
         # Not 1 - gain, which rounds to zero where the noise is far below e.
@@ -106,12 +108,9 @@ class HierarchicalPolicy:
         each. Every context has its own e in any case."""
         self._settings = config.hierarchical
         self._languages, self._groups = len(languages), relatives(languages)
-        self._columns = [{name: i for i, name in enumerate(names[:_MOST_COLUMNS])} for names in (topics, regions)]
-        # One column for every language's own level, then topics and regions, each with one for the undeclared.
-        widths = [1, *(len(columns) + 1 for columns in self._columns)]
-        self._blocks = np.repeat(np.arange(_BLOCKS), widths)
-        # phi by cell; a cache, no state.
-        self._phi: dict[Cell, Array] = {}
+        # A cache, no state.
+        self._features = CellFeatures(topics[:_MOST_COLUMNS], regions[:_MOST_COLUMNS])
+        self._blocks = np.repeat(np.arange(_BLOCKS), self._features.widths)
         self._memories = Memories(self._settings.memory)
         models = len(self._settings.memory)
         self._table = CellTable(models, self._languages)
@@ -119,7 +118,7 @@ class HierarchicalPolicy:
         self._scales = [_Scales() for _ in range(models)]
         # Discounted sum of squares within cells and windows, and its degrees of freedom.
         self._squares, self._freedom = np.zeros(models), np.zeros(models)
-        self._refit(self._features(self._table.contexts))
+        self._refit(self._design()[1])
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -128,10 +127,11 @@ class HierarchicalPolicy:
         if charges is not None:
             return self._best(contexts, charges)
         # The same until the next window; a cache, no state.
-        missing = {cell_of(c): c for c in contexts if cell_of(c) not in self._known}
+        missing = {c.cell: c for c in contexts if c.cell not in self._known}
         if missing:
-            self._known.update(zip(missing, self._best(list(missing.values()), None)))
-        return np.stack([self._known[cell_of(c)] for c in contexts])
+            self._best_known = np.concatenate([self._best_known, self._best(list(missing.values()), None)])
+            self._known.update(zip(missing, range(len(self._known), len(self._best_known))))
+        return self._best_known[[self._known[c.cell] for c in contexts]]
 
     def values(self, contexts: Sequence[Context]) -> Array:
         """See LanguagePolicy: posterior means; NaN before the first window."""
@@ -151,33 +151,24 @@ class HierarchicalPolicy:
         return found
 
     def _best(self, contexts: Sequence[Context], charges: Array | None) -> Array:
-        return self._memories.probabilities(*self._predicted(contexts), charges, self._settings.sharpness)
-
-    def _features(self, contexts: Sequence[Context]) -> Array:
-        """phi, float64 [C, D], of each context."""
-        cells = [cell_of(context) for context in contexts]
-        for cell in cells:
-            if cell not in self._phi:
-                self._phi[cell] = self._feature_row(cell)
-        return np.array([self._phi[cell] for cell in cells]).reshape(-1, len(self._blocks))
-
-    def _feature_row(self, cell: Cell) -> Array:
-        """float64 [D]: 1, then the share of each topic, then that of each region."""
-        row, start = np.zeros(len(self._blocks)), 1
-        row[0] = 1.0
-        for columns, present in zip(self._columns, cell):
-            for name in present:
-                row[start + columns.get(name, len(columns))] += 1.0 / len(present)
-            start += len(columns) + 1
-        return row
+        predicted = self._predictor(contexts)
+        return self._memories.probabilities(lambda m: predicted(m)[:2], charges, self._settings.sharpness)
 
     def _predicted(self, contexts: Sequence[Context]) -> tuple[Array, Array]:
         """Posterior mean and variance of every f, float64 [M, C, L] each."""
-        features = self._features(contexts)
+        means, variances, *_ = zip(*map(self._predictor(contexts), range(len(self._fits))))
+        return np.stack(means), np.stack(variances)
+
+    def _predictor(self, contexts: Sequence[Context]) -> Callable[[int], tuple[Array, Array, Array, Array]]:
+        """A model's number to what its `_Fit.predict` says of the contexts."""
+        rows = self._features.rows([context.cell for context in contexts])
         count, total = self._table.read(contexts)
-        models = range(len(self._scales))
-        found = [self._fits[m].predict(features, count[:, m], total[:, m]) for m in models]
-        return np.stack([mean for mean, *_ in found]), np.stack([variance for _, variance, *_ in found])
+        return lambda m: self._fits[m].predict(rows, count[:, m], total[:, m])
+
+    def _design(self) -> tuple[Index, Design]:
+        """Rows of all cells of the table in the features, and their phi."""
+        rows = self._features.rows(self._table.cells)
+        return rows, Design(self._features.phi(rows))
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
@@ -192,9 +183,9 @@ class HierarchicalPolicy:
         self._table.add(evidence.contexts, window.count, window.total)
         self._squares = self._squares * kept + window.squares
         self._freedom = self._freedom * kept + window.freedom
-        features = self._features(self._table.contexts)
-        self._scales = [self._rescaled(m, features, window.freedom) for m in range(len(self._scales))]
-        self._refit(features)
+        rows, design = self._design()
+        self._scales = [self._rescaled(m, rows, design, window.freedom) for m in range(len(self._scales))]
+        self._refit(design)
 
     def _judge(self, window: WindowSums, means: Array, variances: Array) -> None:
         """Weigh the memories by how well each predicted the means of the window's cells; [M, C, L]."""
@@ -210,36 +201,35 @@ class HierarchicalPolicy:
             )
         )
 
-    def _rescaled(self, m: int, features: Array, fresh: float) -> _Scales:
+    def _rescaled(self, m: int, rows: Index, design: Design, fresh: float) -> _Scales:
         """Model m's scales, variances moved one step towards those that make its data likeliest (MacKay). `fresh`:
         degrees of freedom that the window brought."""
         if self._freedom[m] < 1.0:
             return self._scales[m]
         noise = max(float(self._squares[m] / self._freedom[m]), _LEAST_NOISE)
-        fit = self._fit(m, features) if fresh > _FRESH * self._freedom[m] else self._fits[m]
-        *_, own, known = fit.predict(features, *self._data(m))
-        levels = updated_variances(fit.effects, self._blocks, noise * _PRIOR, _PRIOR_WEIGHT)
+        fit = self._fit(m, design) if fresh > _FRESH * self._freedom[m] else self._fits[m]
+        *_, own, known = fit.predict(rows, *self._data(m))
+        levels = updated_variances(fit.effects.posterior, self._blocks, noise * _PRIOR, _PRIOR_WEIGHT)
         of_own = ((own**2).sum() + _PRIOR_WEIGHT * noise * _PRIOR_OWN) / (known.sum() + _PRIOR_WEIGHT)
         least = _SMALLEST * noise
         return _Scales(np.maximum(levels, least), max(float(of_own), least), noise)
 
-    def _refit(self, features: Array) -> None:
-        """Take the data in under the present scales; what was predicted before no longer holds. `features`: those of
-        all cells."""
-        self._fits = [self._fit(m, features) for m in range(len(self._scales))]
-        self._known: dict[Cell, Array] = {}
+    def _refit(self, design: Design) -> None:
+        """Take the data in under the present scales; what was predicted before no longer holds."""
+        self._fits = [self._fit(m, design) for m in range(len(self._scales))]
+        self._known: dict[Cell, int] = {}
+        self._best_known = np.zeros((0, self._languages))
 
-    def _fit(self, m: int, features: Array) -> _Fit:
-        """Model m's posterior of all effects. `features`: those of all cells."""
+    def _fit(self, m: int, design: Design) -> _Fit:
+        """Model m's posterior of all effects; `design`: of all cells of the table."""
         scales = self._scales[m]
         count, total = self._data(m)
         centre = float(total.sum() / max(count.sum(), _NOTHING))
         # A cell's mean has the variance of e on top of that of the noise.
         weight = count / (scales.own * count + scales.noise)
-        shift = (weight * (total / np.maximum(count, _NOTHING) - centre)).T @ features
-        information = (features.T * weight.T[:, None, :]) @ features
-        effects = tree_posterior(information, shift, self._groups, scales.levels[:, self._blocks])
-        return _Fit(centre, effects, scales)
+        shift = (weight * (total / np.maximum(count, _NOTHING) - centre)).T @ design.phi
+        posterior = tree_posterior(design.information(weight), shift, self._groups, scales.levels[:, self._blocks])
+        return _Fit(centre, Predictions(self._features, posterior), scales)
 
     def _data(self, m: int) -> tuple[Array, Array]:
         """Number and sum of values that model m remembers, float64 [C, L] each."""
@@ -273,4 +263,4 @@ class HierarchicalPolicy:
         self._table, self._questions = table, QuestionEffects(questions)
         self._memories.weights, self._squares, self._freedom = weights, squares, freedom
         self._scales = [_Scales(*each) for each in zip(levels, own.tolist(), noise.tolist())]
-        self._refit(self._features(self._table.contexts))
+        self._refit(self._design()[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,14 +37,18 @@ class Memories:
         """float64 [C, L]: the models' means, float64 [M, C, L], by weight."""
         return np.tensordot(self.weights, means, 1)
 
-    def probabilities(self, means: Array, variances: Array, charges: Array | None, sharpness: float) -> Array:
+    def probabilities(
+        self, predicted: Callable[[int], tuple[Array, Array]], charges: Array | None, sharpness: float
+    ) -> Array:
         """float64 [C, L]: P(language has the largest value less its charge) under the mixture, to the power
-        `sharpness`, rows sum to 1. `means`, `variances`: float64 [M, C, L]; `charges`: [L] in units of the values."""
-        total = np.zeros(means.shape[1:])
-        for weight, mean, variance in zip(self.weights, means, variances):
-            if weight * len(self.weights) > _NEGLIGIBLE:
-                total += weight * probability_best(mean if charges is None else mean - charges, np.sqrt(variance))
-        return sharpened(total, sharpness)
+        `sharpness`, rows sum to 1. `predicted`: a model's number to the means and variances of the values, float64
+        [C, L] each; `charges`: [L] in units of the values."""
+        parts = []
+        for m in np.flatnonzero(self.weights * len(self.weights) > _NEGLIGIBLE).tolist():
+            mean, variance = predicted(m)
+            best = probability_best(mean if charges is None else mean - charges, np.sqrt(variance))
+            parts.append(self.weights[m] * best)
+        return sharpened(sum(parts[1:], parts[0]), sharpness)
 
 
 def normal_log_likelihood(value: Array, mean: Array, variance: Array) -> float:

@@ -13,46 +13,17 @@ nothing; one whose rewards are all equal is worth 0. They, too, are independent 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
 from nemo_lrpo.config.router import ObjectiveConfig
 from nemo_lrpo.router.cells import Cells
-from nemo_lrpo.router.observed import Observed
+from nemo_lrpo.router.observed import GroupSpread, Index, Observed, Values
 
 _EPS = 1e-6
-Values = NDArray[np.float64]
-Index = NDArray[np.integer]
-
-
-@dataclass(frozen=True)
-class GroupSpread:
-    """Per group: count int64 [G], mean and std float64 [G]; std over n - 1, exactly 0 where n < 2 or all are equal."""
-
-    count: NDArray[np.int64]
-    mean: Values
-    std: Values
-
-    @staticmethod
-    def of(rewards: Values, group: Index, groups: int) -> GroupSpread:
-        """rewards: float64 [N], finite. group: [N], into `groups`."""
-        count = np.bincount(group, minlength=groups)
-        mean = np.bincount(group, rewards, groups) / np.maximum(count, 1)
-        squares = np.bincount(group, (rewards - mean[group]) ** 2, groups)
-        highest, lowest = np.full(groups, -np.inf), np.full(groups, np.inf)
-        np.maximum.at(highest, group, rewards)
-        np.minimum.at(lowest, group, rewards)
-        # Rounding of the mean alone makes the squares of equal rewards positive.
-        varied = highest > lowest
-        return GroupSpread(count, mean, np.where(varied, np.sqrt(squares / np.maximum(count - 1, 1)), 0.0))
 
 
 def group_values(name: str, rewards: Values, group: Index, spread: GroupSpread) -> Values:
-    """float64 [N]: y of reward, advantage or variance; NaN where the rollout teaches nothing."""
-    if name == "reward":
-        return rewards
+    """float64 [N]: y of advantage or variance; NaN where the rollout teaches nothing."""
     deviation = np.where(spread.std[group] > 0.0, rewards - spread.mean[group], 0.0)
     values = deviation**2 if name == "variance" else np.abs(deviation) / (spread.std[group] + _EPS)
     return np.where(spread.count[group] > 1, values, np.nan)
@@ -66,10 +37,12 @@ class Objective:
         self.means = Cells(languages, mean=("languages",), seen=("languages",))
         """mean: the slow mean. seen: 1 where it has started, else 0."""
 
-    def values(self, rows: Observed, spread: GroupSpread) -> Values:
+    def values(self, rows: Observed) -> Values:
         """float64 [n]: y of each rollout, NaN where it teaches nothing; moves the slow means."""
+        if self._config.name == "reward":
+            return rows.reward
         if self._config.name != "progress":
-            return group_values(self._config.name, rows.reward, rows.group, spread)
+            return group_values(self._config.name, rows.reward, rows.group, rows.spread)
         cell = self.means.claim(rows.contexts)[rows.context]
         mean, seen = self.means.arrays["mean"], self.means.arrays["seen"] > 0.0
         at = cell * mean.shape[1] + rows.language

@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_lrpo.types import ORIGIN_DRAWN, ORIGIN_FIXED, ORIGIN_RESERVED, Prompt, RoutedPrompt
+from nemo_lrpo.types import ORIGIN_DRAWN, ORIGIN_FIXED, ORIGIN_RESERVED, Prompt, RoutedPrompt, RoutedRows
 
 ORIGINS = (ORIGIN_DRAWN, ORIGIN_RESERVED, ORIGIN_FIXED)
 """What `LanguagePlan.origin` counts in."""
@@ -18,7 +18,7 @@ DRAWN, RESERVED, FIXED = range(3)
 
 
 @dataclass(frozen=True, eq=False)
-class LanguagePlan(Sequence[RoutedPrompt]):
+class LanguagePlan(RoutedRows):
     """R rollouts of N questions: all slots of question 0, then those of question 1, ...; groups may differ in size.
 
     prompts: the N questions. step: the training step. languages: the L candidates, ISO 639-1. Columns [R]: group int32
@@ -62,6 +62,11 @@ class LanguagePlan(Sequence[RoutedPrompt]):
             yield RoutedPrompt(
                 self.prompts[group], self.step, slot, self.languages[language], ORIGINS[origin], probability
             )
+
+    def asked(self) -> tuple[list[str], list[str]]:
+        """See RoutedRows."""
+        questions = [prompt.question for prompt in self.prompts]
+        return [questions[i] for i in self.group.tolist()], [self.languages[i] for i in self.language.tolist()]
 
     @cached_property
     def sample_ids(self) -> tuple[str, ...]:

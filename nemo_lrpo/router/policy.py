@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Cell = tuple[tuple[str, ...], tuple[str, ...]]
+"""(topics, regions)."""
 
 NUMBERS_OF_LANGUAGES = "numbers of languages"
 """In `state_axes`: the elements of the array, and not its places, stand for languages."""
@@ -29,6 +33,11 @@ class Context:
     regions: tuple[str, ...]
     language: str = ""
     question: str = ""
+
+    @cached_property
+    def cell(self) -> Cell:
+        """The part that tables tell apart, whatever the order of its names."""
+        return tuple(sorted(self.topics)), tuple(sorted(self.regions))
 
 
 @dataclass(frozen=True)

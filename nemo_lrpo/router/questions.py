@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_lrpo.router.numbering import numbered
 from nemo_lrpo.router.policy import Evidence
 from nemo_lrpo.router.tables import window_sums
 
@@ -66,14 +67,14 @@ class QuestionEffects:
         """Sums of a window, questions' effects taken out. `expected`: float64 [C, L], values expected before it."""
         languages = expected.shape[1]
         context, language = evidence.context.astype(np.int64), evidence.language.astype(np.int64)
-        _, group = np.unique(evidence.group, return_inverse=True)
+        _, group = numbered(evidence.group.astype(np.int64), int(evidence.group.max(initial=-1)) + 1)
         size = np.bincount(group).astype(np.float64)
         of_group = np.zeros(len(size), np.int64)
         of_group[group] = context
         groups = np.bincount(of_group, minlength=len(expected)).astype(np.float64)
         surprise = np.bincount(group, evidence.value - expected[context, language]) / size
         away = surprise - (np.bincount(of_group, surprise, len(expected)) / np.maximum(groups, 1.0))[of_group]
-        pair, row = np.unique(group * languages + language, return_inverse=True)
+        pair, row = numbered(group * languages + language, len(size) * languages)
         number = np.bincount(row).astype(np.float64)
         mean = np.bincount(row, evidence.value) / number
         squares, freedom = float(((evidence.value - mean[row]) ** 2).sum()), float((number - 1.0).sum())

@@ -14,7 +14,8 @@ from nemo_lrpo.config.router import LEARNED, DiversityConfig, RouterConfig
 from nemo_lrpo.router.base import Probabilities, RouterStateError, from_json, whole_number
 from nemo_lrpo.router.budget import Price, Variation, group_sizes
 from nemo_lrpo.router.draws import question_key, run_key, slot_uniforms
-from nemo_lrpo.router.objective import GroupSpread, Objective
+from nemo_lrpo.router.numbering import numbered_runs
+from nemo_lrpo.router.objective import Objective
 from nemo_lrpo.router.observed import Observed, first_seen, refuse_repeated, rewarded_rows
 from nemo_lrpo.router.plan import DRAWN, FIXED, ORIGINS, RESERVED, LanguagePlan
 from nemo_lrpo.router.policy import Context, LanguagePolicy
@@ -32,13 +33,30 @@ _LOGGED_VALUES = 4096
 
 class _Question(NamedTuple):
     """What routing needs to know of a question; key: uint64, context: row of the router's contexts, own, fixed:
-    languages, fixed -1 where there is a choice."""
+    languages, fixed -1 where there is a choice, unknown: topics and regions that were not declared."""
 
     prompt: Prompt
     key: int
     context: int
     own: int
     fixed: int
+    unknown: int
+
+
+class _Questions(NamedTuple):
+    """The same of a step's N questions as columns, uint64 [N] and int64 [N]."""
+
+    prompts: tuple[Prompt, ...]
+    key: NDArray[np.uint64]
+    context: NDArray[np.int64]
+    own: NDArray[np.int64]
+    fixed: NDArray[np.int64]
+    unknown: NDArray[np.int64]
+
+    @staticmethod
+    def of(questions: Sequence[_Question]) -> _Questions:
+        prompts, key, *numbers = zip(*questions) if questions else [()] * len(_Question._fields)
+        return _Questions(prompts, np.array(key, np.uint64), *(np.array(column, np.int64) for column in numbers))
 
 
 class BanditRouter:
@@ -58,6 +76,7 @@ class BanditRouter:
             raise ConfigError(f"router: candidate languages must be given, each once; got {list(languages)!r}.")
         self.languages = tuple(languages)
         self.topics, self.regions = tuple(dict.fromkeys(topics)), tuple(dict.fromkeys(regions))
+        self._declared = frozenset(self.topics), frozenset(self.regions)
         self.policy = policy
         self._config = config
         self._index = {language: i for i, language in enumerate(self.languages)}
@@ -71,6 +90,7 @@ class BanditRouter:
         self._objective, self._variation, self._price = self._bookkeeping()
         # What has been worked out about questions and may be forgotten at any time; no part of the state.
         self._questions: dict[str, _Question] = {}
+        self._last = _Questions.of([])
         self._context_rows: dict[Context, int] = {}
         self._contexts: list[Context] = []
         self._last_route: dict[str, float] = {}
@@ -87,16 +107,19 @@ class BanditRouter:
 
     # --- questions ------------------------------------------------------------------------------------------------
 
-    def _look_up(self, prompts: Sequence[Prompt]) -> list[_Question]:
+    def _look_up(self, prompts: tuple[Prompt, ...]) -> _Questions:
+        if prompts is self._last.prompts:
+            return self._last
         if len(self._questions) + len(prompts) > _KNOWN_QUESTIONS:
-            self._questions, self._context_rows, self._contexts = {}, {}, []
+            self._questions, self._context_rows, self._contexts, self._last = {}, {}, [], _Questions.of([])
         known, found = self._questions, []
         for prompt in prompts:
             question = known.get(prompt.question_id)
             if question is None or question.prompt is not prompt:
                 question = known[prompt.question_id] = self._facts(prompt)
             found.append(question)
-        return found
+        self._last = _Questions.of(found)._replace(prompts=prompts)
+        return self._last
 
     def _facts(self, prompt: Prompt) -> _Question:
         own, fixed = self._candidate(prompt, "language"), -1
@@ -108,7 +131,8 @@ class BanditRouter:
         row = self._context_rows.setdefault(context, len(self._contexts))
         if row == len(self._contexts):
             self._contexts.append(context)
-        return _Question(prompt, question_key(self._run_key, prompt.question_id), row, own, fixed)
+        unknown = len(set(context.topics) - self._declared[0]) + len(set(context.regions) - self._declared[1])
+        return _Question(prompt, question_key(self._run_key, prompt.question_id), row, own, fixed, unknown)
 
     def _candidate(self, prompt: Prompt, field: str) -> int:
         language = getattr(prompt, field)
@@ -134,13 +158,11 @@ class BanditRouter:
         if num_rollouts < 1:
             raise ValueError(f"num_rollouts={num_rollouts}; a group has at least one rollout.")
         refuse_repeated(prompts, "occurs twice in one step; its samples could not be told apart")
-        questions = self._look_up(prompts)
-        keys = np.array([q.key for q in questions], np.uint64)
-        context, own, fixed = (np.array([q[field] for q in questions], np.int64).reshape(-1) for field in (2, 3, 4))
+        prompts, keys, context, own, fixed, _ = self._look_up(tuple(prompts))
         size = self._group_sizes(context, keys, num_rollouts)
         reserved = np.where(fixed >= 0, size, np.minimum(self._config.reserved_slots, size))
         first = np.cumsum(size) - size
-        group = np.repeat(np.arange(len(questions)), size)
+        group = np.repeat(np.arange(len(prompts)), size)
         slot = np.arange(len(group)) - first[group]
         # In the order of the step: the rows of `_contexts` depend on what was asked before, and sums on their order.
         used, row = first_seen(context)
@@ -156,11 +178,12 @@ class BanditRouter:
             probability=np.ones(len(group)),
             restricted=np.zeros(len(group), bool),
         )
-        self._draw(draws, np.flatnonzero(slot >= reserved[group]), group)
-        origin = np.where(slot >= reserved[group], DRAWN, np.where(fixed[group] >= 0, FIXED, RESERVED))
+        drawn = slot >= reserved[group]
+        self._draw(draws, np.flatnonzero(drawn), group)
+        origin = np.where(drawn, DRAWN, np.where(fixed >= 0, FIXED, RESERVED)[group])
         self._remember(draws, origin)
         return LanguagePlan(
-            prompts=tuple(prompts),
+            prompts=prompts,
             step=step,
             languages=self.languages,
             group=group.astype(np.int32),
@@ -198,21 +221,19 @@ class BanditRouter:
 
     def distribution(self, prompt: Prompt) -> Probabilities:
         """See LanguageRouter; all on one language where the question leaves no choice."""
-        (question,) = self._look_up([prompt])
-        if question.fixed >= 0:
-            return np.eye(len(self.languages))[question.fixed]
-        return self._mixture([self._contexts[question.context]])[0]
+        question = self._look_up((prompt,))
+        if question.fixed[0] >= 0:
+            return np.eye(len(self.languages))[question.fixed[0]]
+        return self._mixture([self._contexts[question.context[0]]])[0]
 
     # --- learning -------------------------------------------------------------------------------------------------
 
     def observe(self, plan: LanguagePlan, rewards: NDArray[np.float64]) -> None:
         """See LanguageRouter."""
         rows = self._observed(plan, np.asarray(rewards, np.float64))
-        spread = GroupSpread.of(rows.reward, rows.group, rows.groups)
-        self._variation.observe(rows, spread)
-        value = self._objective.values(rows, spread)
-        unknown = np.array([self._unknown(context) for context in rows.contexts], np.int64)
-        self._unknown_contexts += int(unknown[rows.context].sum())
+        self._variation.observe(rows)
+        value = self._objective.values(rows)
+        self._unknown_contexts += rows.unknown
         self._step += 1
         if self._config.name in LEARNED:
             teaches = np.isfinite(value) & (rows.drawn | (self._config.teach == "all"))
@@ -228,20 +249,19 @@ class BanditRouter:
         if plan.languages != self.languages:
             raise ValueError(f"the plan is for languages {plan.languages}, the router for {self.languages}.")
         rows, place = rewarded_rows(plan, rewards)
-        context = np.array([question.context for question in self._look_up(plan.prompts)], np.int64)
-        used, position = first_seen(context[plan.group[rows]])
+        questions, group = self._look_up(plan.prompts), plan.group[rows]
+        first, run = numbered_runs(group)
+        used, position = first_seen(questions.context[group[first]])
         return Observed(
             contexts=[self._contexts[row] for row in used],
-            context=position,
-            group=place[plan.group[rows]],
+            context=position[run],
+            group=place[group],
             groups=len(place),
+            unknown=int(questions.unknown[group].sum()),
             language=plan.language[rows],
             drawn=plan.origin[rows] == DRAWN,
             reward=rewards[rows],
         )
-
-    def _unknown(self, context: Context) -> int:
-        return len(set(context.topics) - set(self.topics)) + len(set(context.regions) - set(self.regions))
 
     def observe_costs(self, plan: LanguagePlan, costs: NDArray[np.float64]) -> None:
         """See LanguageRouter."""
@@ -299,7 +319,7 @@ class BanditRouter:
             {k: fit.array(k, v, axes[k], self._fresh.get(k)) if k in axes else v for k, v in learned.items()}
         )
         self._seed, self._step, self._updates, self._unknown_contexts = counters
-        self._run_key, self._questions = run_key(self._seed), {}
+        self._run_key, self._questions, self._last = run_key(self._seed), {}, _Questions.of([])
         self._window, self._objective, self._variation, self._price = window, objective, variation, price
 
     def _remember(self, draws: Draws, origin: NDArray[np.integer]) -> None:

@@ -74,23 +74,33 @@ def diversify(draws: Draws, rules: DiversityConfig) -> None:
 
 def _diversify(draws: Draws, rules: DiversityConfig, groups: NDArray[np.int64]) -> None:
     first, size, reserved = draws.first[groups], draws.size[groups], draws.reserved[groups]
-    counts = np.zeros((len(groups), draws.mixture.shape[1]), np.int32)
-    own = reserved > 0
-    counts[own, draws.language[first[own]]] = reserved[own]
-    distinct = own.astype(np.int64)
-    floor = min(rules.min_languages, counts.shape[1])
-    for slot in range(int(reserved.min()), int(size.max())):
-        at = np.flatnonzero((slot >= reserved) & (slot < size))
-        lacking = (floor > distinct[at]) & (floor - distinct[at] >= size[at] - slot)
-        ruled = lacking
-        if rules.max_per_language or rules.without_replacement:
-            ruled = np.ones(len(at), bool)
+    floor = min(rules.min_languages, draws.mixture.shape[1])
+    every_slot = bool(rules.max_per_language or rules.without_replacement)
+    # While a group still has as many slots as it may lack languages, the floor alone rules out nothing.
+    start = int(reserved.min() if every_slot else np.maximum(reserved, size - floor + 1).min())
+    counts = _counts_before(draws, groups, start)
+    distinct = (counts > 0).sum(axis=1)
+    for slot in range(start, int(size.max())):
+        at = np.flatnonzero((slot >= reserved) & (slot < size) & (every_slot | (distinct < floor)))
+        lacking = floor - distinct[at] >= size[at] - slot
+        lacking &= distinct[at] < floor
+        ruled = np.ones(len(at), bool) if every_slot else lacking
         if ruled.any():
             allowed = _allowed(counts[at[ruled]], lacking[ruled], rules)
             _redraw(draws, first[at[ruled]] + slot, draws.row[groups[at[ruled]]], allowed)
         drawn = draws.language[first[at] + slot]
         distinct[at] += counts[at, drawn] == 0
         counts[at, drawn] += 1
+
+
+def _counts_before(draws: Draws, groups: NDArray[np.int64], slot: int) -> NDArray[np.int32]:
+    """int32 [n, L]: slots of each language among a group's first `slot` ones, and all of its reserved ones."""
+    languages = draws.mixture.shape[1]
+    taken = np.minimum(np.maximum(draws.reserved[groups], slot), draws.size[groups])
+    group = np.repeat(np.arange(len(groups)), taken)
+    row = np.arange(len(group)) + (draws.first[groups] - (np.cumsum(taken) - taken))[group]
+    cells = np.bincount(group * languages + draws.language[row], minlength=len(groups) * languages)
+    return cells.reshape(-1, languages).astype(np.int32)
 
 
 def _allowed(counts: NDArray[np.int32], lacking: NDArray[np.bool_], rules: DiversityConfig) -> NDArray[np.bool_]:

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from nemo_lrpo.router.base import RouterStateError, finite_array
 from nemo_lrpo.router.history import COLUMNS, History
-from nemo_lrpo.router.policy import NUMBERS_OF_LANGUAGES, Context, Evidence
+from nemo_lrpo.router.numbering import numbered
+from nemo_lrpo.router.policy import NUMBERS_OF_LANGUAGES, Cell, Context, Evidence
 
 Array = NDArray[np.float64]
-Cell = tuple[tuple[str, ...], tuple[str, ...]]
-"""(topics, regions)."""
 STATE_AXES: Mapping[str, tuple[str, ...]] = {
     "count": ("", "", "languages"),
     "total": ("", "", "languages"),
@@ -24,11 +23,6 @@ STATE_AXES: Mapping[str, tuple[str, ...]] = {
 """Of a policy that keeps a table in its state, see LanguagePolicy."""
 
 _BITS = 32
-
-
-def cell_of(context: Context) -> Cell:
-    """The part of a context that tables tell apart, whatever the order of its names."""
-    return tuple(sorted(context.topics)), tuple(sorted(context.regions))
 
 
 class CellTable:
@@ -45,14 +39,16 @@ class CellTable:
         self._history = History(models, languages)
 
     @property
-    def contexts(self) -> list[Context]:
-        """A context of each cell, in the order of rows."""
-        return [Context(*cell) for cell in self._rows]
+    def cells(self) -> list[Cell]:
+        """In the order of rows."""
+        return list(self._rows)
 
     def read(self, contexts: Sequence[Context]) -> tuple[Array, Array]:
         """Number and sum of values in each context's cell, float64 [C, M, L]; zeros where it has no row."""
-        rows = np.array([self._rows.get(cell_of(c), -1) for c in contexts], np.int64)
+        rows = np.array([self._rows.get(c.cell, -1) for c in contexts], np.int64)
         known = rows >= 0
+        if known.all():
+            return self.count[rows], self.total[rows]
         found = []
         for table in (self.count, self.total):
             values = np.zeros((len(rows), *table.shape[1:]))
@@ -68,11 +64,11 @@ class CellTable:
 
     def add(self, contexts: Sequence[Context], count: Array, total: Array) -> None:
         """To every model, numbers and sums of values, float64 [C, L] each."""
-        rows = np.array([self._rows.setdefault(cell_of(c), len(self._rows)) for c in contexts], np.int64)
+        rows = np.array([self._rows.setdefault(c.cell, len(self._rows)) for c in contexts], np.int64)
         new = np.zeros((len(self._rows) - len(self.count), *self.count.shape[1:]))
         self.count, self.total = np.concatenate([self.count, new]), np.concatenate([self.total, new])
         self._history.grow(len(new))
-        rows, place = np.unique(rows, return_inverse=True)
+        rows, place = numbered(rows, len(self._rows))
         sums = np.zeros((2, len(rows), self.count.shape[2]))
         np.add.at(sums[0], place, count)
         np.add.at(sums[1], place, total)

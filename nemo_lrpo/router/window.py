@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_lrpo.router.base import RouterStateError, whole_number
+from nemo_lrpo.router.numbering import numbered_runs
 from nemo_lrpo.router.policy import Context, Evidence
 
 _COLUMNS = {"context": np.int32, "language": np.int16, "value": np.float64, "group": np.int32}
@@ -31,17 +32,17 @@ class Window:
         value: NDArray[np.float64],
         group: NDArray[np.integer],
     ) -> None:
-        """One step's rows in their order; `context` [N] is into `contexts`, group [N] distinguishes its groups."""
+        """One step's rows in their order; `context` [N] is into `contexts`, group [N], rising, its groups."""
         rows = np.array([self._contexts.setdefault(c, len(self._contexts)) for c in contexts], np.int32)
-        present, inverse = np.unique(group, return_inverse=True)
+        first, run = numbered_runs(group)
         columns = {
             "context": rows[context] if len(rows) else np.zeros(0, np.int32),
             "language": language,
             "value": value,
-            "group": inverse + self._groups,
+            "group": run + self._groups,
         }
         self._parts.append({name: columns[name].astype(dtype) for name, dtype in _COLUMNS.items()})
-        self._groups += len(present)
+        self._groups += len(first)
         self.steps += 1
 
     def evidence(self) -> Evidence:

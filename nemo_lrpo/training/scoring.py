@@ -6,7 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from nemo_lrpo.training.protocols import Actor, PendingScores, RewardService
-from nemo_lrpo.types import AgreedError, RankFailure, Rollouts, RoutedPrompt, Score, ScoreRequest, TaggedPrompt
+from nemo_lrpo.types import (
+    AgreedError,
+    RankFailure,
+    Rollouts,
+    RoutedPrompt,
+    Score,
+    ScoreRequest,
+    TaggedPrompt,
+    TaggedPrompts,
+)
 
 
 class StepRefused(AgreedError, RuntimeError):
@@ -89,7 +98,8 @@ class ScoreCollector:
 
         Raises GenerationFailed, on every rank, where one of them could not generate its share.
         """
-        self._prefilled = {prompt.sample_id: prompt.prefilled for prompt in prompts if prompt.prefilled}
+        prompts = TaggedPrompts.of(prompts)
+        self._prefilled = dict(zip(prompts.sample_ids, prompts.prefilled or ()))
         try:
             return actor.generate(
                 prompts,

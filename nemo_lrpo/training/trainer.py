@@ -31,7 +31,7 @@ from nemo_lrpo.training.protocols import Actor, Logger, RewardService
 from nemo_lrpo.training.runlog import EVALUATION, VALIDATION, RolloutRecord, RunLog
 from nemo_lrpo.training.scoring import RowRefused, ScoreCollector
 from nemo_lrpo.training.stopping import Stop
-from nemo_lrpo.types import Prompt, Rollouts, Score, TaggedPrompt, TrainingBatch
+from nemo_lrpo.types import Prompt, Rollouts, Score, TaggedPrompts, TrainingBatch
 
 
 class LrpoTrainer(TrainingLoop):
@@ -139,7 +139,7 @@ class LrpoTrainer(TrainingLoop):
         self._step += 1
         return self._record(plan, rollouts, scores, batch, groups, metrics)
 
-    def _render(self, plan: LanguagePlan) -> list[TaggedPrompt]:
+    def _render(self, plan: LanguagePlan) -> TaggedPrompts:
         try:
             return self._renderer.render_all(plan)
         except DataError as error:

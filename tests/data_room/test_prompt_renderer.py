@@ -15,6 +15,7 @@ from nemo_lrpo.config.data import PromptConfig
 from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.languages import SYSTEM_PROMPTS
 from nemo_lrpo.data.prompts import Prefill, PromptRenderer
+from nemo_lrpo.router import LanguagePlan
 from nemo_lrpo.types import ORIGIN_DRAWN, Prompt, RoutedPrompt
 
 TEMPLATE = (
@@ -88,7 +89,12 @@ def test_rows_come_in_plan_order_and_equal_prompts_have_equal_ids(tokenizer: Pre
     tagged = renderer.render_all(plan)
     assert [row.routed for row in tagged] == plan
     assert tagged[0].token_ids == tagged[1].token_ids == tagged[3].token_ids != tagged[2].token_ids
-    assert [renderer.render(row) for row in plan] == tagged
+    assert [renderer.render(row) for row in plan] == list(tagged) == tagged[:] == [tagged[i] for i in range(-4, 0)]
+    columns = renderer.render_all(LanguagePlan.of(plan, LANGUAGES))
+    assert list(columns) == list(tagged) and len(columns) == 4 and columns[-1] == tagged[-1]
+    tight = PromptRenderer(tokenizer, PromptConfig(max_tokens=len(tagged[2].token_ids) - 1))
+    with pytest.raises(DataError, match="question 'q7' in 'ja'"):
+        tight.render_all(LanguagePlan.of(plan, LANGUAGES))
 
 
 def lengths(tokenizer: PreTrainedTokenizerFast, question: Prompt) -> dict[str, int]:

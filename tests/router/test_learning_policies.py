@@ -19,11 +19,13 @@ from nemo_lrpo.config.router import FeaturesConfig, HierarchicalConfig, RouterCo
 from nemo_lrpo.router import RouterStateError, build_router
 from nemo_lrpo.router.base import from_json, to_json
 from nemo_lrpo.router.build import build_policy
+from nemo_lrpo.router.cell_features import CellFeatures, Design, Predictions
 from nemo_lrpo.router.discounted import DiscountedMeans
 from nemo_lrpo.router.features import fitting_dimension
 from nemo_lrpo.router.gaussian import log_cdf, probability_best, sharpened
 from nemo_lrpo.router.hashing import ContextHasher
 from nemo_lrpo.router.memories import Memories
+from nemo_lrpo.router.numbering import numbered, numbered_runs
 from nemo_lrpo.router.policy import Context, Evidence, LanguagePolicy
 from nemo_lrpo.router.questions import QuestionEffects
 from nemo_lrpo.router.tables import CellTable, PairTable, window_sums, with_whole_tables
@@ -173,6 +175,46 @@ def test_large_trees_predict_in_parts_and_one_language_alone(monkeypatch: pytest
         np.testing.assert_allclose(alone, (mean[:, language], variance[:, language]), rtol=1e-9)
 
 
+def test_cells_predict_as_their_features_do_and_the_same_in_any_company() -> None:
+    """Names that were not declared share a feature; results are those of dense sums, to the bit for a cell alone."""
+    rng = np.random.default_rng(3)
+    features = CellFeatures(TOPICS, REGIONS)
+    names = (*TOPICS, "new", "newer"), (*REGIONS, "new", "newer")
+    cells = [
+        tuple(tuple(sorted(rng.choice(of, rng.integers(least, 5), replace=False))) for of, least in zip(names, (1, 0)))
+        for _ in range(40)
+    ]
+    assert len(set(cells)) > 30
+    rows = features.rows(cells)
+    phi = features.phi(rows)
+    np.testing.assert_allclose(phi.sum(axis=1), [2.0 + bool(regions) for _, regions in cells])
+    x = rng.normal(size=(6, 60, phi.shape[1]))
+    posterior = tree_posterior(x.swapaxes(1, 2) @ x, rng.normal(size=x[:, 0].shape), [0, 0, 1, 2, 1, 1], x[:3, 0] ** 2)
+    together = Predictions(features, posterior)(rows)
+    np.testing.assert_allclose(together, posterior.predict(phi), rtol=1e-9)
+    one_by_one = Predictions(features, posterior)
+    for row in rng.permutation(rows):
+        for alone, whole in zip(one_by_one(np.array([row])), together):
+            np.testing.assert_array_equal(alone[0], whole[list(rows).index(row)])
+    weight = rng.random((40, 6))
+    np.testing.assert_allclose(
+        Design(phi).information(weight), np.einsum("cl,ci,cj->lij", weight, phi, phi), rtol=1e-12
+    )
+    assert not Design(phi[:0]).information(weight[:0]).any()
+
+
+@given(st.lists(st.integers(0, 40)), st.sampled_from([41, 10**6]))
+def test_numbers_are_those_of_sorting(values: list[int], bound: int) -> None:
+    array = np.array(values, np.int64)
+    for found, expected in zip(numbered(array, bound), np.unique(array, return_inverse=True)):
+        assert found.tolist() == expected.tolist()
+    first, run = numbered_runs(np.sort(array))
+    assert (np.sort(array)[first].tolist(), run.tolist()) == (
+        sorted(set(values)),
+        numbered(np.sort(array), bound)[1].tolist(),
+    )
+
+
 def test_without_data_variances_stay_at_their_prior_and_with_much_they_are_found() -> None:
     rng = np.random.default_rng(0)
     prior, truth, groups = np.full((3, 1), 0.5), (0.04, 0.25, 1.0), np.arange(400) // 2
@@ -200,13 +242,21 @@ def test_memories_are_weighted_by_what_they_predicted_and_none_is_lost() -> None
 
 def test_a_memory_that_was_wrong_for_long_costs_no_time_until_it_comes_back() -> None:
     memories, means, variances = Memories([1.0, 0.5]), np.array([[[0.0, 1.0]], [[1.0, 0.0]]]), np.full((2, 1, 2), 0.1)
-    alone = [Memories([1.0]).probabilities(means[m : m + 1], variances[:1], None, 1.0) for m in (0, 1)]
-    np.testing.assert_allclose(memories.probabilities(means, variances, None, 1.0), 0.5)
+    asked: list[int] = []
+
+    def predicted(m: int) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(m)
+        return means[m], variances[m]
+
+    alone = [Memories([1.0]).probabilities(lambda _, m=m: predicted(m), None, 1.0) for m in (0, 1)]
+    np.testing.assert_allclose(memories.probabilities(predicted, None, 1.0), 0.5)
     for m, likelihoods in enumerate(([0.0, -1e5], [-1e5, 0.0])):
         memories.judge(np.array(likelihoods))
-        np.testing.assert_allclose(memories.probabilities(means, variances, None, 1.0), alone[m], rtol=1e-12)
+        asked.clear()
+        np.testing.assert_allclose(memories.probabilities(predicted, None, 1.0), alone[m], rtol=1e-12)
+        assert asked == [m]
     memories.judge(np.array([1.0, 0.0]))
-    shift = memories.probabilities(means, variances, None, 1.0) - alone[1]
+    shift = memories.probabilities(predicted, None, 1.0) - alone[1]
     assert np.abs(shift).min() > 1e-3, "above its smallest weight it counts"
 
 
@@ -288,7 +338,7 @@ def test_a_question_of_several_topics_is_shared_out_and_reads_all() -> None:
     table = PairTable(1, 1)
     both, one = Context(("Chat", "Logic"), ("Chile",)), Context(("Chat",), ("Chile",))
     table.add([both, one], np.array([[4.0], [1.0]]), np.array([[2.0], [1.0]]))
-    assert float(table.count.sum()) == 5.0 and len(table.contexts) == 2
+    assert float(table.count.sum()) == 5.0 and len(table.cells) == 2
     count, total = table.read([both, one, Context(("Facts",), ())])
     np.testing.assert_allclose(count[:, 0, 0], [5.0, 3.0, 0.0])
     np.testing.assert_allclose(total[:, 0, 0], [3.0, 2.0, 0.0])

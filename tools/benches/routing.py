@@ -7,7 +7,8 @@ questions nobody has seen. Growth is how planning and updating scale with rows a
 are means over the steps between two updates of the router (`router.update_every`), one update included.
 
 The tokenizer is byte-level BPE with the word pattern and the chat template of Qwen 2.5, learnt on the spot; language
-tags are plain text to it. Questions are made-up words, prompts have about 85 tokens. One thread, best of --rounds.
+tags are plain text to it. Questions are made-up words, prompts have about 85 tokens. Both sides make the ids of every
+row: the loop as lists, ours packed as int32, which is what a tensor takes. One thread, best of --rounds.
 Seconds are the processor's (nothing here waits), so that others on the machine count less.
 """
 
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_lrpo.config.checks import ConfigError
-from nemo_lrpo.config.data import PromptConfig
+from nemo_lrpo.config.data import DataConfig, PromptConfig
 from nemo_lrpo.config.loader import CONFIG_DIR, compose, to_dataclass
 from nemo_lrpo.config.router import RouterConfig
 from nemo_lrpo.data.languages import language_tag
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 TOPICS = tuple(f"topic {i}" for i in range(6))
 REGIONS = tuple(f"region {i}" for i in range(24))
-PUBLISHED_LANGUAGES = 15
+PUBLISHED_LANGUAGES = len(DataConfig().languages)
 ROLLOUTS, RESERVED = 8, 2
 QUESTIONS = (256, 2048)
 """Of a step: 2,048 rows, as published, and 16,384."""
@@ -66,8 +67,9 @@ CHAT_TEMPLATE = (
 
 
 def languages_of(count: int) -> tuple[str, ...]:
-    """`count` two-letter codes."""
-    return tuple("".join(letters) for letters in product(ascii_lowercase, repeat=2))[:count]
+    """`count` codes: those of the published run, then made-up ones."""
+    made_up = ("".join(letters) for letters in product(ascii_lowercase, repeat=2))
+    return tuple(dict.fromkeys([*DataConfig().languages, *made_up]))[:count]
 
 
 class World:
