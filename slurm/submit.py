@@ -133,7 +133,12 @@ class Submission:
         sys.path.insert(0, str(ROOT))
         try:
             from nemo_lrpo.config.checks import ConfigError
-            from nemo_lrpo.config.loader import compose, load_evaluate_config, load_train_config
+            from nemo_lrpo.config.loader import (
+                compose,
+                load_evaluate_config,
+                load_offline_config,
+                load_train_config,
+            )
         except ImportError:
             return
         parser = argparse.ArgumentParser(add_help=False)
@@ -144,8 +149,12 @@ class Submission:
         mine = [] if elsewhere else [server]
         try:
             tree = compose(known.config_name, [*mine, *overrides])
-            evaluates = "out" in (tree.get("evaluation") or {}).keys()
-            (load_evaluate_config if evaluates else load_train_config)(tree)
+            if "method" in tree:
+                load_offline_config(tree)
+            elif "out" in (tree.get("evaluation") or {}).keys():
+                load_evaluate_config(tree)
+            else:
+                load_train_config(tree)
         except ConfigError as error:
             self.problems.append(str(error))
         except Exception as error:

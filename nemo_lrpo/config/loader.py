@@ -291,6 +291,8 @@ def _check_base_model(config: RunConfig) -> None:
 
 
 def _check_trainer(config: RunConfig) -> None:
+    if config.seed < 1:
+        raise ConfigError(f"seed={config.seed}: NeMo seeds its own draws with it, too; accepted: 1 or more.")
     if str(config.trainer.get("precision")) in {"16", "16-mixed", "fp16"}:
         raise ConfigError("trainer.precision: fp16 is not supported; accepted: bf16, bf16-mixed, 32.")
     for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):

@@ -287,6 +287,7 @@ def test_a_checkpoint_is_measured_with_the_base_and_the_adapters_of_its_run(
     ("change", "words"),
     [
         ({"rollout.temperature": "0"}, ["rollout.temperature", "> 0.0"]),
+        ({"seed": "0"}, ["seed=0", "1 or more"]),
         ({"rollout.backend": "vllm"}, ["rollout.backend", "megatron", "trt_llm"]),
         ({"rollout.spread": "evenly"}, ["rollout.spread", "length", "plan"]),
         ({"rollout.mismatch.correct": "sequence"}, ["rollout.mismatch.correct", "truncated"]),

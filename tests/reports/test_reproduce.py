@@ -320,8 +320,8 @@ def test_the_block_of_a_readme_is_rewritten_and_nothing_else(tmp_path: Path) -> 
     assert list(rows)[2:] == ["base model", "GRPO", "LRPO, default router"]
     # Means 0.7 and 0.72: s = 0.014142, t(0.975, 1) / sqrt(2) * s = 0.127.
     assert rows["LRPO, default router"].split("|")[2].strip() == "0.710 ±0.127 (+0.110 ±0.127)"
-    assert (tmp_path / "docs/reproduce.svg").read_bytes() == (tmp_path / "out/reproduce.svg").read_bytes()
-    assert "docs/reproduce.svg" in text
+    assert (tmp_path / "tools/miniature/reproduce.svg").read_bytes() == (tmp_path / "out/reproduce.svg").read_bytes()
+    assert "tools/miniature/reproduce.svg" in text
     write_all(results, tmp_path / "out", readme)
     assert readme.read_text() == text, "the same results give the same bytes"
     readme.write_text("no marks")

@@ -12,6 +12,8 @@ from tools.miniature.statistics import Estimate, Summary, figures, language_grou
 
 BEGIN, END = "<!-- reproduce:begin -->", "<!-- reproduce:end -->"
 FIGURE = "reproduce.svg"
+PICTURE = f"tools/miniature/{FIGURE}"
+"""The figure as the README shows it."""
 COLUMNS = (
     ("accuracy", "accuracy", 3),
     ("accuracy_asked", "in trained languages", 3),
@@ -37,10 +39,10 @@ def write_all(results: Results, out: Path, readme: Path | None) -> list[str]:
     draw(results, summaries, out / FIGURE)
     _write(out / "results.md", f"{text}\n\n{details(results, summaries)}\n")
     if readme is not None:
-        picture = readme.parent / "docs" / FIGURE
+        picture = readme.parent / PICTURE
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_bytes((out / FIGURE).read_bytes())
-        body = f"{text}\n\n![Accuracy and reward of every arm and seed, and routed share by step](docs/{FIGURE})"
+        body = f"{text}\n\n![Accuracy and reward of every arm and seed, and routed share by step]({PICTURE})"
         _write(readme, with_block(readme.read_text(encoding="utf-8"), body, readme))
     return [text, "", f"{out / 'results.md'}, {out / FIGURE}"]
 
