@@ -111,10 +111,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["one", "two", "new"])
+@pytest.mark.parametrize("name", ["one", "two", "new", "explang"])
 def test_a_browser_without_network_shows_all_of_it(browser: Browser, site: Path, name: str, width: int) -> None:
     page = site / f"{name}.html"
-    looks = {}
+    # A run that has just begun has none, and the one in mode=explang logs little besides its own.
+    looks, least = {}, {"new": -1, "explang": 6}.get(name, 15)
     for dark in (False, True):
         browser.complaints.clear()
         browser.requests.clear()
@@ -127,13 +128,14 @@ def test_a_browser_without_network_shows_all_of_it(browser: Browser, site: Path,
             "[...document.querySelectorAll('section')].map(s => {const r = s.getBoundingClientRect();"
             "return [s.id, r.x, r.y + scrollY, r.width, r.height, s.innerText.length]})"
         )
-        assert [box[0] for box in boxes] == SECTIONS
+        own = ["thinking"] if name == "explang" else []
+        assert [box[0] for box in boxes] == [*SECTIONS[:4], *own, *SECTIONS[4:]]
         assert all(box[3] > 300 and box[4] > 60 and box[5] > 20 for box in boxes)
         drawings = browser.evaluate(
             "[...document.querySelectorAll('svg')].map(s => {const r = s.getBoundingClientRect();"
             "return [r.width, r.height]})"
         )
-        assert all(w > 100 and h > 50 for w, h in drawings) and (name == "new" or len(drawings) > 15)
+        assert all(w > 100 and h > 50 for w, h in drawings) and len(drawings) > least
         picture = Image.open(browser.screenshot(site / f"{name}_{width}_{'dark' if dark else 'light'}.png"))
         assert picture.width == width
         pixels = np.asarray(picture.convert("L"), dtype=float)
