@@ -91,6 +91,17 @@ def load_evaluate_config(tree: DictConfig) -> EvaluateConfig:
     return config
 
 
+def load_policy_config(tree: DictConfig) -> EvaluateConfig:
+    """`conf/evaluate.yaml` with overrides, typed and checked but for what is asked and who scores: for a policy that
+    only answers. Raises ConfigError."""
+    config = _load(EvaluateConfig, tree)
+    for name in ("prompt", "rollout", "actor"):
+        getattr(config, name).check(name)
+    _check_base_model(config)
+    _check_trainer(config)
+    return config
+
+
 def train_config_tree(config: TrainConfig) -> dict[str, Any]:
     """`config` as plain values in the layout of conf/train.yaml; `restore_train_config` reads it."""
     tree = dataclasses.asdict(config)

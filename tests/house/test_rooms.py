@@ -26,7 +26,7 @@ ROOMS = {
     "training": {"config", "data", "router", "algorithms", "tasks"},
     "cpu": set(),
     "checkup": set(),
-    "explang": {"config"},
+    "explang": {"config", "data"},
 }
 """Rooms that a room may import, besides itself and the shared modules."""
 ENTRY_POINTS = {"train", "evaluate", "serve_rewards", "rank", "preflight"}
