@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
 from nemo.core.classes.mixins.adapter_mixins import AdapterModuleMixin
 from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPTReinforceActorModel
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.train_utils import set_sync_funcs
 
-from nemo_lrpo.actor import adapters
+from nemo_lrpo.actor.adapters import AdapterShards
 from nemo_lrpo.actor.host_memory import OptimizerStates, ReferenceWeights
 from nemo_lrpo.actor.output_layer import logprobs_for_logits
 from nemo_lrpo.actor.packing import arrange
@@ -27,7 +26,7 @@ Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tenso
 """(log-probs [b, S-1], micro batch) -> (sum with global weights applied, sums for metrics)."""
 
 
-class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
+class LrpoActorModel(AdapterShards, ArchiveTokenizer, MegatronGPTReinforceActorModel):
     """Adds what GRPO over mixed-language groups needs; generation, refit and offloading stay the parent's.
 
     The policy is softmax(logits / temperature) throughout: what is sampled from is what is trained.
@@ -42,7 +41,6 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
     """Where they leave the GPU between updates."""
     on_micro_batch: Callable[[], None] = staticmethod(lambda: None)
     """Called before each micro batch goes through the model."""
-    _merged = False
 
     def forward_logprobs(
         self, model: torch.nn.Module, batch: Batch, width: int, inference_only: bool
@@ -105,24 +103,6 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
         finally:
             for module in adapted:
                 module.set_enabled_adapters(enabled=True)
-
-    def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """What a checkpoint holds of the model: with adapters these alone, the base being in its .nemo; merged, the
-        rest. NeMo 2.2 says None here where there are adapters, and then saves nothing through Megatron."""
-        whole = super(NLPAdapterModelMixin, self).sharded_state_dict(prefix)
-        if not self.use_peft:
-            return whole
-        return {key: shard for key, shard in whole.items() if (f"{adapters.LAYER}." in key) != self._merged}
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """All ranks: inside, to be saved only, the model has its adapters in its weights, and is complete without."""
-        with adapters.merged(self.get_model_module_list()):
-            self._merged = True
-            try:
-                yield
-            finally:
-                self._merged = False
 
     def offload_adam_states(self) -> None:
         """Called by the parent before generation and passes without gradient; its own knows Apex's optimizer only."""

@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from nemo_lrpo.config.checks import ConfigError, unknown_key_message
 from nemo_lrpo.config.evaluation import needs_reward_server
 from nemo_lrpo.config.schema import EvaluateConfig, TrainConfig
-from nemo_lrpo.config.training import LoopConfig
+from nemo_lrpo.config.supervised import SupervisedConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 """The shipped YAML files."""
@@ -102,6 +102,17 @@ def load_policy_config(tree: DictConfig) -> EvaluateConfig:
     return config
 
 
+def load_supervised_config(tree: DictConfig) -> SupervisedConfig:
+    """`conf/train_sft.yaml` with overrides, typed and checked. Raises ConfigError before any work starts."""
+    config = _load(SupervisedConfig, tree, "sft")
+    for name in ("data", "prompt", "marks"):
+        getattr(config, name).check(name)
+    config.loop.check("trainer.sft")
+    _check_base_model(config)
+    _check_trainer(config)
+    return config
+
+
 def train_config_tree(config: TrainConfig) -> dict[str, Any]:
     """`config` as plain values in the layout of conf/train.yaml; `restore_train_config` reads it."""
     tree = dataclasses.asdict(config)
@@ -114,10 +125,11 @@ def restore_train_config(tree: Mapping[str, Any]) -> TrainConfig:
     return _load(TrainConfig, OmegaConf.create(dict(tree)))
 
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", TrainConfig, EvaluateConfig, SupervisedConfig)
 
 
-def _load(schema: type[C], tree: DictConfig) -> C:
+def _load(schema: type[C], tree: DictConfig, loop: str = "lrpo") -> C:
+    """loop: the section of `trainer` that is ours."""
     try:
         OmegaConf.resolve(tree)
     except InterpolationResolutionError as error:
@@ -126,8 +138,8 @@ def _load(schema: type[C], tree: DictConfig) -> C:
     closed = {field.name for field in dataclasses.fields(schema) if field.name != "loop"}
     trainer = OmegaConf.to_container(tree.get("trainer") or OmegaConf.create({}))
     assert isinstance(trainer, dict)
-    values: dict[str, Any] = {"loop": to_dataclass(LoopConfig, trainer.pop("lrpo", None), "trainer.lrpo")}
     hints = typing.get_type_hints(schema)
+    values: dict[str, Any] = {"loop": to_dataclass(hints["loop"], trainer.pop(loop, None), f"trainer.{loop}")}
     for key in tree:
         name = str(key)
         if name not in closed:
@@ -243,7 +255,7 @@ def config_of_run(checkpoint: Path) -> DictConfig | None:
     return None
 
 
-def _check_base_model(config: TrainConfig) -> None:
+def _check_base_model(config: TrainConfig | SupervisedConfig) -> None:
     path = config.pretrained_checkpoint.restore_from_path
     if not path or not Path(path).exists():
         raise ConfigError(
@@ -252,7 +264,7 @@ def _check_base_model(config: TrainConfig) -> None:
         )
 
 
-def _check_trainer(config: TrainConfig) -> None:
+def _check_trainer(config: TrainConfig | SupervisedConfig) -> None:
     if str(config.trainer.get("precision")) in {"16", "16-mixed", "fp16"}:
         raise ConfigError("trainer.precision: fp16 is not supported; accepted: bf16, bf16-mixed, 32.")
     for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):

@@ -29,7 +29,7 @@ ROOMS = {
     "explang": {"config", "data"},
 }
 """Rooms that a room may import, besides itself and the shared modules."""
-ENTRY_POINTS = {"train", "evaluate", "serve_rewards", "rank", "preflight"}
+ENTRY_POINTS = {"train", "train_sft", "evaluate", "serve_rewards", "rank", "preflight"}
 STACK = {"megatron", "nemo", "nemo_aligner", "apex", "transformer_engine", "tensorrt_llm"}
 STACK_ROOMS = {"actor", "cpu"}
 
