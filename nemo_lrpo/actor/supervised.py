@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,15 +45,7 @@ from nemo_lrpo.actor.tokenizer import ArchiveTokenizer
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.supervised import SupervisedConfig, SupervisedLoopConfig
 from nemo_lrpo.seeding import derive_seed
-from nemo_lrpo.types import NonFiniteError
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids of a prompt and of its response; the end token is the response's last one."""
-
-    prompt: tuple[int, ...]
-    response: tuple[int, ...]
+from nemo_lrpo.types import Example, NonFiniteError
 
 
 class SupervisedModel(AdapterShards, ArchiveTokenizer, GPTSFTModel):
@@ -194,37 +185,29 @@ def loaders(
     return loader(train, order), loader(validation, in_turn)
 
 
-class Recorder(Protocol):
-    """What NeMo-Aligner's loop calls its logger."""
+class Between(Protocol):
+    """What NeMo-Aligner's loop calls between steps."""
 
     def log_metrics(self, metrics: dict[str, float], step: int, prefix: str = "") -> None:
         """prefix: train/ (steps count from 0) or val/ (from 1)."""
 
-    def finalize(self) -> None: ...
+    def finalize(self) -> None:
+        """The last epoch is over."""
 
+    def start_time(self) -> None:
+        """The first step begins."""
 
-class Timer(Protocol):
-    """What it asks, after every step, whether to stop."""
+    def is_finished(self) -> bool:
+        """Asked after every step: whether to stop."""
 
-    def start_time(self) -> None: ...
-
-    def is_finished(self) -> bool: ...
+    def save(self) -> None:
+        """All ranks: a checkpoint is due."""
 
 
 def open_loop(
-    model: SupervisedModel,
-    optimizer: Any,
-    scheduler: Any,
-    data: tuple[Any, Any],
-    config: SupervisedLoopConfig,
-    *,
-    recorder: Recorder,
-    timer: Timer,
-    save: Callable[[], None],
-    step: int,
-    is_main: bool,
+    policy: Policy, data: tuple[Any, Any], config: SupervisedLoopConfig, between: Between, step: int, *, is_main: bool
 ) -> aligner.SupervisedTrainer:
-    """NeMo-Aligner's loop, to go on after `step`; `save` is called on all ranks when a checkpoint is due."""
+    """NeMo-Aligner's loop over `data`, to go on after `step`."""
     # Upstream's loop draws a bar on every rank.
     aligner.tqdm = functools.partial(tqdm, disable=not is_main)
     settings = {
@@ -239,17 +222,17 @@ def open_loop(
     }
     loop = aligner.SupervisedTrainer(
         cfg=OmegaConf.create(settings),
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        model=policy.model,
+        optimizer=policy.optimizer,
+        scheduler=policy.scheduler,
         train_dataloader=data[0],
         val_dataloader=data[1],
         test_dataloader=None,
-        logger=recorder,
-        ckpt_callback=_SaveCall(save),
-        run_timer=timer,
+        logger=between,
+        ckpt_callback=_SaveCall(between.save),
+        run_timer=between,
     )
-    consumed = step * model.cfg.data.train_ds.global_batch_size
+    consumed = step * policy.model.cfg.data.train_ds.global_batch_size
     loop.load_state_dict({"step": step, "consumed_samples": consumed})
     return loop
 

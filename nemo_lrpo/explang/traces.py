@@ -11,16 +11,25 @@ A JSON line for each:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_lrpo.config.explang import MarksConfig
+from nemo_lrpo.config.supervised import TraceDataConfig
 from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.languages import LANGUAGES
+from nemo_lrpo.data.prompts import PromptRenderer
 from nemo_lrpo.data.rows import Row, json_lines
-from nemo_lrpo.explang.format import parse
+from nemo_lrpo.explang.format import parse, tag
+from nemo_lrpo.types import ORIGIN_FIXED, Example, Prompt, RoutedPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,47 @@ class _TraceRow(Row):
         if code not in LANGUAGES:
             self.refuse(field, f"{code!r} is not a known language; accepted: {', '.join(LANGUAGES)}")
         return code
+
+
+def examples_of(
+    traces: Sequence[Trace],
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: PromptRenderer,
+    marks: MarksConfig,
+    config: TraceDataConfig,
+) -> list[Example]:
+    """The traces as token ids, in order: the prompt that training by reward will have, the response, the end token.
+
+    The tag is tokenised by itself, as where it is prefilled. Raises DataError for a trace whose tokens do not read back
+    as its text (a mark that is a special token is lost), and for those longer than max_tokens, by over_long.
+    """
+    plan = []
+    for trace in traces:
+        language = trace.question_language
+        prompt = Prompt(trace.question_id, trace.question, "", language, language, ())
+        plan.append(RoutedPrompt(prompt, -1, 0, language, ORIGIN_FIXED, 1.0))
+    examples = []
+    for trace, prompt in zip(traces, renderer.render_all(plan), strict=True):
+        begins = tag(trace.language, marks)
+        ids = renderer.tokens_of(begins) + renderer.tokens_of(trace.response.removeprefix(begins))
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        name = f"trace {trace.question_id!r} in {trace.language!r}"
+        if text != trace.response:
+            raise DataError(
+                f"{name} does not survive the tokenizer: {text[:80]!r}; a mark may be one of its special tokens, which "
+                "decoding drops: give other marks."
+            )
+        length = len(prompt.token_ids) + len(ids) + 1
+        if length <= config.max_tokens:
+            examples.append(Example(prompt.token_ids, (*ids, tokenizer.eos_token_id)))
+        elif config.over_long == "reject":
+            raise DataError(
+                f"{name} has {length} tokens, more than data.max_tokens={config.max_tokens}. Raise it, or leave such "
+                "traces out with data.over_long=drop."
+            )
+    if len(examples) < len(traces):
+        _log.warning("%d of %d traces are too long; left out.", len(traces) - len(examples), len(traces))
+    return examples
 
 
 def trace_record(trace: Trace) -> dict[str, Any]:
