@@ -88,7 +88,7 @@ def test_shipped_configurations_of_the_cold_start_are_valid(name: str, paths: di
         ({"trainer.sft.val_check_interval": "4", "trainer.sft.save_interval": "6"}, "must be a multiple of"),
         ({"+trainer.sft.max_step": "4"}, "unknown key 'max_step'. Did you mean 'max_steps'"),
         ({"data.train": "nowhere.jsonl"}, "data.train='nowhere.jsonl': no such file; .*make_traces.py"),
-        ({"marks.thinking_open": "<lang_select>"}, "is part of marks"),
+        ({"marks.thinking_open": "'<lang_select>'"}, "is part of marks"),
     ):
         with pytest.raises(ConfigError, match=words):
             load_supervised_config(compose(name, overrides(paths, **change)))

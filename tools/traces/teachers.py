@@ -172,7 +172,7 @@ class NemoTeacher:
         from nemo_lrpo.config.loader import compose, load_policy_config
         from nemo_lrpo.data.prompts import PromptRenderer
 
-        own = [f"run_dir={scratch}", f"evaluation.out={scratch / 'none.json'}", f"seed={seed}"]
+        own = [f"run_dir={scratch}", f"evaluation.out={scratch / 'none.json'}"]
         config = load_policy_config(compose(config_name, [*own, *overrides]))
         check_nemo_sections(config)
         path = str(config.pretrained_checkpoint.restore_from_path)
