@@ -46,24 +46,24 @@ def values(problem: Problem) -> tuple[int, ...]:
 
 def test_values_are_those_of_the_expression(world: tuple[Problem, ...]) -> None:
     assert all(eval(problem.problem_id) == problem.value for problem in world)
-    assert all(0 <= value <= 20 for problem in world for value in values(problem))
+    assert all(0 <= value <= 12 for problem in world for value in values(problem))
 
 
 def test_no_problem_is_in_two_splits_and_no_result_is_worth_guessing(world: tuple[Problem, ...]) -> None:
     assert Counter(problem.split for problem in world) == SPLITS
     assert len({problem.problem_id for problem in world}) == len(world)
-    assert max(Counter(problem.value for problem in world).values()) <= len(world) / 12
+    assert max(Counter(problem.value for problem in world).values()) <= len(world) / 10
     assert problems(1) != world and problems() == world
 
 
 def test_sentences() -> None:
     problem = next(one for one in problems() if len({step.sign for step in one.steps}) == 2)
-    small = Problem(8, ((1, 7), (-1, 3)), "train")
+    small = Problem(8, ((1, 4), (-1, 5)), "train")
     assert problem.steps[1].left == problem.steps[0].value
-    assert question(small, "en") == "What is eight plus seven minus three?"
-    assert question(small, "ja") == "八足す七引く三はいくつですか。"
+    assert question(small, "en") == "What is eight plus four minus five?"
+    assert question(small, "ja") == "八足す四引く五はいくつですか。"
     assert thinking(small.steps, values(small), "de") == (
-        "Acht plus sieben ist gleich fünfzehn. Fünfzehn minus drei ist gleich zwölf."
+        "Acht plus vier ist gleich zwölf. Zwölf minus fünf ist gleich sieben."
     )
 
 
@@ -79,7 +79,7 @@ def test_thinking_is_in_the_language_that_it_is_in(world: tuple[Problem, ...]) -
 def test_answers_are_verified_by_their_number() -> None:
     verifier = NumericVerifier(VerifierConfig(kind="numeric"), "verifiers.math")
     for language in LANGUAGES:
-        for value in (0, 7, 13, 20):
+        for value in (0, 7, 11, 12):
             requests = [ScoreRequest("1/q/0", answer(value, language), str(n), language, language) for n in (7, value)]
             verdicts = verifier.verify(requests, [language] * 2)
             assert [one.value for one in verdicts] == [float(value == 7), 1.0]
@@ -99,7 +99,7 @@ def test_the_base_model_guesses_where_it_cannot_carry(world: tuple[Problem, ...]
         assert asked in ASKED
         knows = spoken in CARRIES or not any(step.crosses_ten for step in problem.steps)
         right[knows, said.endswith(answer(problem.value, spoken))] += 1
-    assert right[True, False] == 0 and right[False, True] < 0.2 * right[False, False]
+    assert right[True, False] == 0 and right[False, True] < 0.8 * right[False, False]
     assert 0.1 < named / (2 * len(train)) < 0.2
 
 

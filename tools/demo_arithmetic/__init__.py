@@ -1,18 +1,18 @@
 """Spelled arithmetic in 15 languages: a world in which thinking helps, and in which it matters in which language.
 
-"What is eight plus seven minus three?", asked in one of the languages of ASKED; the answer is a number in digits. To
+"What is eight plus four minus five?", asked in one of the languages of ASKED; the answer is a number in digits. To
 think is to spell the steps one after the other, in any of the 15 languages:
 
-    Acht plus sieben ist gleich fünfzehn. Fünfzehn minus drei ist gleich zwölf.
+    Acht plus vier ist gleich zwölf. Zwölf minus fünf ist gleich sieben.
 
 Words and sentences are those of `tools/demo_world` (num2words, and templates written by hand).
 
 **Who can calculate.** The base model knows steps that stay on one side of ten in every language, and those that cross
-it (eight plus seven, fifteen minus nine) only in the languages of CARRIES; in the others it guesses. A policy that
+it (eight plus four, twelve minus five) only in the languages of CARRIES; in the others it guesses. A policy that
 chooses its thinking language can find out which; one that has to think in English cannot.
 
 **Splits** are by problem: all languages of one are in train, validation or test, by hash. The base model sees problems
-of train only. A step, being one of 300, occurs in many problems.
+of train only. A step, being one of 100, occurs in many problems.
 
 **The cold start** teaches SEEN languages; UNSEEN ones the base model can think in, but was never shown to choose.
 

@@ -15,7 +15,8 @@ from .wording import ASKED, CARRIES, LANGUAGES, SEEN, answer, question, thinking
 
 Row = tuple[str, str, str, str]
 """(question, its language, the language asked for, what the base model learns to say)"""
-_NEAR = (-2, -1, 1, 2, 10, -10)
+GUESSED_RIGHT = 0.35
+"""Of the steps that a language cannot do."""
 
 
 def base_rows(
@@ -41,15 +42,15 @@ def base_rows(
 
 def worked(problem: Problem, language: str, rng: random.Random, slips: float) -> tuple[str, int]:
     """Thinking in `language` as the base model knows it, and the value that it comes to. A step that crosses ten is a
-    guess outside of CARRIES; after a wrong step it goes on from the wrong value."""
+    guess outside of CARRIES, one too many or too few; after a wrong step it goes on from the wrong value."""
     steps: list[Step] = []
     values: list[int] = []
     for step in problem.steps:
         step = replace(step, left=values[-1]) if values else step
         knows = language in CARRIES or not step.crosses_ten
         value = step.value
-        if not knows or rng.random() < slips:
-            value = rng.choice([step.value + near for near in _NEAR if 0 <= step.value + near <= LARGEST] or [0])
+        if rng.random() < (slips if knows else 1 - GUESSED_RIGHT):
+            value += rng.choice((-1, 1))
         steps.append(step)
         values.append(min(max(value, 0), LARGEST))
     return thinking(tuple(steps), tuple(values), language), values[-1]
