@@ -36,7 +36,7 @@ from tools.demo_arithmetic import (  # noqa: E402
 SLIPS = 0.1
 """Share of wrong steps in the last phase of the base model's training, even where it knows better."""
 VOCABULARY = 1536
-STEPS = 800
+STEPS = 600
 _SOURCES = ("build_arithmetic.py", "demo_arithmetic", "demo_models/base_model.py", "demo_models/tokenizer.py")
 
 

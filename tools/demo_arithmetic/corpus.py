@@ -23,7 +23,8 @@ def base_rows(
     train: Sequence[Problem], marks: MarksConfig, seed: int, epoch: int, slips: float, named: float = 0.15
 ) -> Iterator[Row]:
     """An epoch of the base model's rows: each problem twice, asked in one language and worked out in another, which the
-    tag asks for, answer included. No format yet: the base model thinks aloud.
+    tag asks for, answer included. The base model thinks before it answers, in the language that it answers in; of a
+    choice it knows nothing yet.
 
     slips: share of steps that are wrong though the language knows them. named: share of rows that instead show some
     thinking and name its language by the mark of the cold start; so the base model, like any large one, knows which
@@ -37,7 +38,8 @@ def base_rows(
             if rng.random() < named:
                 yield said, spoken, spoken, tag(spoken, marks)
             else:
-                yield question(problem, asked), asked, spoken, f"{said}\n\n{answer(value, spoken)}"
+                thought = f"{marks.thinking_open}\n{said}\n{marks.thinking_close}"
+                yield question(problem, asked), asked, spoken, f"{thought}\n\n{answer(value, spoken)}"
 
 
 def worked(problem: Problem, language: str, rng: random.Random, slips: float) -> tuple[str, int]:
