@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,14 @@ START = Callable[..., str]
 
 
 def write_traces(path: Path) -> Path:
-    """Four short traces of different lengths."""
+    """Six short traces of different lengths."""
     parts = (
         ("de", "Eins und eins ist zwei.", "2"),
         ("en", "Two and one is three.", "The answer is 3."),
         ("ja", "三と一は四。", "4"),
         ("en", "It is five, since two and three are five.", "5"),
+        ("de", "Zwei und vier ist sechs.", "The answer is 6."),
+        ("ja", "四と三は七。", "7"),
     )
     lines = []
     for number, (language, thinking, answer) in enumerate(parts):
@@ -45,14 +46,14 @@ def write_traces(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def start(starter: Starter, tiny_nemo: Path, tmp_path_factory: pytest.TempPathFactory) -> START:
-    """Starts nemo_lrpo.train_sft and waits; what it printed. A step is a pass over all traces."""
+    """Starts nemo_lrpo.train_sft and waits; what it printed. Three passes of three steps."""
     traces = write_traces(tmp_path_factory.mktemp("traces") / "traces.jsonl")
     settings: dict[str, object] = {
         "pretrained_checkpoint.restore_from_path": tiny_nemo,
         "data.train": traces,
         "data.validation": traces,
-        "trainer.sft.traces_per_step": 4,
-        "trainer.sft.max_epochs": 6,
+        "trainer.sft.traces_per_step": 2,
+        "trainer.sft.max_epochs": 3,
         "model.micro_batch_size": 1,
         "model.optim.lr": 1e-2,
     }
@@ -73,12 +74,11 @@ def start(starter: Starter, tiny_nemo: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def taught(start: START, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps with adapters in two starts; third.nemo is the export of the first, after step 3."""
+    """Nine steps with adapters in two starts, the second from the middle of a pass."""
     run_dir = tmp_path_factory.mktemp("taught")
-    start(run_dir, trainer__sft__max_steps=3)
-    shutil.move(run_dir / "model.nemo", run_dir / "third.nemo")
-    text = start(run_dir, trainer__sft__val_check_interval=3)
-    assert "continuing after step 3" in text
+    start(run_dir, trainer__sft__max_steps=4, trainer__sft__export_nemo="false")
+    text = start(run_dir, trainer__sft__val_check_interval=9)
+    assert "continuing after step 4" in text
     return run_dir
 
 
@@ -88,24 +88,30 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in steps]
 
 
+def held_out(run_dir: Path) -> float:
+    """The loss on the held-out traces, which was measured once."""
+    (record,) = [record for record in records(run_dir, "metrics.jsonl") if record["kind"] == "validation"]
+    return record["loss"]
+
+
 def test_the_loss_falls_and_is_measured_on_held_out_traces(taught: Path) -> None:
     found = losses(taught)
-    assert len(found) == 6 and found[5] < 0.8 * found[0]
-    (held_out,) = [record for record in records(taught, "metrics.jsonl") if record["kind"] == "validation"]
-    assert held_out["step"] == 6 and held_out["loss"] < found[5]
+    assert len(found) == 9 and sum(found[6:]) < 0.8 * sum(found[:3])
+    assert held_out(taught) < found[0]
 
 
 def test_two_ranks_without_a_stop_learn_the_same(taught: Path, start: START, tmp_path: Path) -> None:
-    """Of data parallel ranks, and of the resume: both leave no trace but rounding."""
+    """Neither data-parallel ranks nor the resume leave a trace but rounding: the order of the traces is the same."""
     start(tmp_path, ranks=2, trainer__sft__export_nemo="false")
     assert losses(tmp_path) == pytest.approx(losses(taught), rel=1e-4)
 
 
 def test_the_export_is_the_model_with_its_adapters(taught: Path, start: START, tmp_path: Path) -> None:
-    """Trained on from the export, without adapters, the first loss is that of the run's next step."""
-    model = {"pretrained_checkpoint__restore_from_path": taught / "third.nemo", "model__peft__peft_scheme": "none"}
-    start(tmp_path, trainer__sft__max_steps=1, **model)
-    assert losses(tmp_path) == pytest.approx([losses(taught)[3]], rel=1e-4)
+    """All its weights trained, but with a rate of nothing, it is what the run has ended with."""
+    model = {"pretrained_checkpoint__restore_from_path": taught / "model.nemo", "model__peft__peft_scheme": "none"}
+    still = {"trainer__sft__max_steps": 1, "trainer__sft__val_check_interval": 1, "model__optim__lr": 0.0}
+    start(tmp_path, trainer__sft__export_nemo="false", **model, **still)
+    assert held_out(tmp_path) == pytest.approx(held_out(taught), rel=1e-4)
 
 
 def test_mistakes_end_in_one_readable_line(start: START, tmp_path: Path) -> None:
