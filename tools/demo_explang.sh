@@ -21,9 +21,9 @@ started=$SECONDS
 
 step() { printf '\n== %s (%ss)\n' "$*" $((SECONDS - started)); }
 
-measure() { # model, how it is asked, languages, result
-  $python tools/make_traces.py --questions $data/validation.parquet --nemo "$1" --ask "$2" --thinking "$3" \
-    --seen "$seen" --limit 240 --per-language 60 --balance none --config demo_evaluate --out "$4" \
+measure() { # model, how it is asked, how many questions, result
+  $python tools/make_traces.py --questions $data/validation.parquet --nemo "$1" --ask "$2" --thinking "$all" \
+    --seen "$seen" --limit "$3" --per-language "$3" --balance none --config demo_evaluate --out "$4" \
     rollout.max_new_tokens=96 prompt.max_tokens=96
   sed -n '/^## Rates/,$p' "$4/card.md"
 }
@@ -36,11 +36,11 @@ step "traces: of the replies those that are right, as many in each language"
 $python tools/make_traces.py --questions $data/train.parquet --thinking "$seen" --replies $data/replies.jsonl \
   --per-language 150 --out $data/traces
 step "the base model, left to choose"
-measure $data/base.nemo choose "$all" $results/before
+measure $data/base.nemo choose 120 $results/before
 step "cold start"
 $python -m nemo_lrpo.train_sft --config-name demo_sft "$@"
 step "after it, left to choose"
-measure $results/cold_start/model.nemo choose "$all" $results/chosen
+measure $results/cold_start/model.nemo choose 360 $results/chosen
 step "after it, told what to think in"
-measure $results/cold_start/model.nemo tag "$all" $results/told
+measure $results/cold_start/model.nemo tag 60 $results/told
 printf '\nDone in %ss. The taught model: %s\n' $((SECONDS - started)) "$PWD/$results/cold_start/model.nemo"
