@@ -17,20 +17,21 @@ language (both by the reward server's identifier), and whose answer is right by 
 it has --per-language traces; --balance equal then cuts all to the language that has fewest.
 
 OUT gets train.jsonl and validation.jsonl (nemo_lrpo/explang/traces.py says what a row is), rejected.jsonl (each reply
-that was not kept, with its reason), card.md (counts and rates) and kept.jsonl: all replies, as they come. Started again
-after a stop, the command asks for the rest. With another teacher or other questions it wants another OUT.
+that was not kept, with its reason), card.md (counts and rates) and kept.jsonl: all replies of a model, as they come.
+Started again after a stop, the command asks for the rest. With another teacher or other questions it wants another OUT.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,19 +125,19 @@ class Collection:
 
 
 def collect(
-    teacher: Teacher,
+    ask: Callable[[Sequence[Request]], Iterable[tuple[Request, Reply | None]]],
     examiner: Examiner,
-    kept: KeptReplies,
     prompts: Sequence[Prompt],
     languages: Sequence[str | None],
     *,
+    at_once: int,
     per_language: int,
     samples: int,
     seed: int,
 ) -> Collection:
     """Ask in each of `languages` (None: the teacher chooses), questions in an order of the seed, until a language has
     `per_language` traces or no question is left. A question has one trace in a language, and up to `samples` tries;
-    where the teacher chooses, all of them are used."""
+    where the teacher chooses, all of them are used. at_once: requests that `ask` takes at a time."""
     found = Collection()
     left = {language: _requests(prompts, language, samples, seed) for language in languages}
     have: Counter[str | None] = Counter()
@@ -146,12 +147,12 @@ def collect(
         while left:
             round_: list[Request] = []
             for language in list(left):
-                wanted = per_language - have[language] if language else teacher.at_once
-                chosen = _next(left[language], min(wanted, -(-teacher.at_once // len(left))), done)
+                wanted = per_language - have[language] if language else at_once
+                chosen = _next(left[language], min(wanted, -(-at_once // len(left))), done)
                 if not chosen or wanted <= 0:
                     del left[language]
                 round_ += chosen
-            replied = sorted(kept.replies(teacher, round_), key=lambda one: one[0].key)
+            replied = sorted(ask(round_), key=lambda one: one[0].key)
             for one in examiner.examine(replied):
                 found.add(one)
                 language = one.request.language
@@ -266,14 +267,16 @@ def run(options: argparse.Namespace) -> Collection:
             )
         )
         teacher = rooms.enter_context(closing(open_teacher(options, marks)))
-        settings = {**teacher.identity(), "questions": _digest(prompts), "marks": asdict(marks)}
-        kept = KeptReplies(options.out / "kept.jsonl", settings)
+        ask = teacher.ask
+        if options.replies is None:
+            settings = {**teacher.identity(), "questions": _digest(prompts), "marks": asdict(marks)}
+            ask = functools.partial(KeptReplies(options.out / "kept.jsonl", settings).replies, teacher)
         found = collect(
-            teacher,
+            ask,
             examiner,
-            kept,
             prompts,
             languages,
+            at_once=teacher.at_once,
             per_language=options.per_language,
             samples=options.samples,
             seed=options.seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -126,7 +125,6 @@ class FileTeacher:
     def __init__(self, path: Path) -> None:
         """Raises DataError at the first bad row."""
         self.at_once = 4096
-        self._path = path
         self._replies: dict[tuple[str, str], list[Reply]] = defaultdict(list)
         for where, fields in json_lines(path):
             row = _ReplyRow(where, fields)
@@ -139,7 +137,7 @@ class FileTeacher:
                 yield request, replies[request.attempt]
 
     def identity(self) -> dict[str, object]:
-        return {"teacher": "file", "sha256": hashlib.sha256(self._path.read_bytes()).hexdigest()[:16]}
+        return {"teacher": "file"}
 
     def close(self) -> None:
         pass
