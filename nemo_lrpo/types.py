@@ -225,6 +225,14 @@ class TrainingBatch:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A prompt with the response that is to be learned, as token ids; the response's last one is the end token."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ScoreRequest:
     """One answer to be scored. `language` is the requested language of the response, ISO 639-1; `question` is for
     verifiers that read it (a judge), and may be empty for the others."""

@@ -6,6 +6,7 @@ ensure_platform()
 
 import nemo_lrpo.actor.actor  # noqa: E402
 import nemo_lrpo.actor.setup  # noqa: E402
+import nemo_lrpo.actor.supervised  # noqa: E402
 import nemo_lrpo.config.loader  # noqa: E402
 import nemo_lrpo.serving.client  # noqa: E402
 import nemo_lrpo.train  # noqa: E402

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,8 @@ from nemo_lrpo.actor.generation import build_engine
 from nemo_lrpo.actor.mismatch import Mismatch
 from nemo_lrpo.actor.packing import next_fit
 from nemo_lrpo.actor.policy import Batch
-from nemo_lrpo.actor.setup import Policy, export_nemo, plan_shards
+from nemo_lrpo.actor.saving import SavedPolicy
+from nemo_lrpo.actor.setup import Policy, gradient_norm
 from nemo_lrpo.actor.spread import spread_by_length, spread_by_plan
 from nemo_lrpo.actor.stop_request import StopRequest
 from nemo_lrpo.algorithms.loss import aggregation_weights, grpo_loss
@@ -38,12 +38,12 @@ _LOSS_SUMS = ("loss", "policy_loss", "kl_loss")
 _TOKEN_SUMS = ("kl", "ratio", "clipped_low", "clipped_high", "surprisal", "old_kl")
 
 
-class MegatronActor:
+class MegatronActor(SavedPolicy):
     """Implements nemo_lrpo.training.protocols.Actor on Megatron's tensor, pipeline and data parallel ranks."""
 
     def __init__(self, policy: Policy, config: RunConfig, on_progress: Callable[[str], None] = lambda _: None):
         """on_progress: called, with a name for what comes next, wherever this rank has got on."""
-        self._policy = policy
+        super().__init__(policy, on_progress)
         self._model = policy.model
         self._config = config
         self._engine: RolloutEngine = build_engine(policy.model, config.rollout)
@@ -51,16 +51,7 @@ class MegatronActor:
         self._reference: torch.Tensor | None = None
         self._divergence = True
         self._mismatch = Mismatch(config.rollout.mismatch)
-        self._on_progress = on_progress
         policy.model.on_micro_batch = partial(on_progress, "passes through the model")
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     # -- rollouts ------------------------------------------------------------------------------------------------
 
@@ -415,10 +406,7 @@ class MegatronActor:
 
     def grad_norm(self) -> float:
         """Global L2 norm of the reduced gradients, before clipping."""
-        optimizer = self._policy.optimizer.mcore_optimizer
-        optimizer.prepare_grads()
-        parts = getattr(optimizer, "chained_optimizers", [optimizer])
-        return math.sqrt(sum(float(part.get_grad_norm()) ** 2 for part in parts))
+        return gradient_norm(self._policy.optimizer)
 
     def _reduce(self, collected: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Metrics of one update over all ranks: losses as they are, per-token sums as means over tokens."""
@@ -433,7 +421,7 @@ class MegatronActor:
             values[name] = total / max(tokens, 1.0)
         return {**values, "tokens": tokens}
 
-    # -- agreement, files ----------------------------------------------------------------------------------------
+    # -- agreement -----------------------------------------------------------------------------------------------
 
     def join_scores(self, sample_ids: Sequence[str], local: Mapping[str, Score]) -> dict[str, Score]:
         self._on_progress("joining the scores of all ranks")
@@ -444,40 +432,10 @@ class MegatronActor:
                 known[record["sample_id"]] = Score(**{**record, "flags": tuple(record["flags"])})
         return {sample_id: known[sample_id] for sample_id in sample_ids if sample_id in known}
 
-    def agree(self, error: BaseException | None) -> None:
-        self._on_progress("agreeing with the other ranks")
-        collectives.agree(error)
-
-    def max_over_ranks(self, value: int) -> int:
-        return collectives.max_over_ranks(value)
-
     def reseed(self, seed: int) -> None:
         # As NeMo seeds it at the start: stages apart by 100, tensor-parallel ranks by Megatron itself.
         stage = parallel_state.get_pipeline_model_parallel_rank()
         tensor_parallel.model_parallel_cuda_manual_seed(seed % 2**31 + 100 * stage)
-
-    def save_shards(self, directory: Path) -> None:
-        self._on_progress("writing a checkpoint")
-        plan_shards(self._policy, directory)
-        self._policy.shards.write()
-
-    def begin_shards(self, directory: Path) -> None:
-        self._on_progress("beginning a checkpoint")
-        plan_shards(self._policy, directory)
-        self._policy.shards.begin()
-
-    def end_shards(self, wait: bool) -> bool:
-        if wait:
-            self._on_progress("ending a checkpoint")
-        return self._policy.shards.end(wait)
-
-    def export(self, path: Path, artifacts: Mapping[str, str]) -> None:
-        self._on_progress("exporting the model")
-        export_nemo(self._policy, path, artifacts, self.is_main)
-
-    def barrier(self) -> None:
-        self._on_progress("waiting for the other ranks")
-        dist.barrier()
 
 
 def response_mask(batch: TrainingBatch) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import sharded_state_dict_default
+from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
 from torch import Tensor
 
 LAYER = "adapter_layer"
@@ -99,6 +100,30 @@ def _adapters(chunks: Iterable[torch.nn.Module]) -> Iterator[Any]:
     for module in (module for chunk in chunks for module in chunk.modules()):
         for _, adapter in _named(getattr(module, LAYER, torch.nn.ModuleDict())):
             yield adapter
+
+
+class AdapterShards:
+    """Mix into a NeMo model class, before it: what a checkpoint, and what a .nemo, has of a model with adapters."""
+
+    _merged = False
+
+    def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
+        """What a checkpoint holds of the model: with adapters these alone, the base being in its .nemo; merged, the
+        rest. NeMo 2.2 says None here where there are adapters, and then saves nothing through Megatron."""
+        whole = super(NLPAdapterModelMixin, self).sharded_state_dict(prefix)
+        if not self.use_peft:
+            return whole
+        return {key: shard for key, shard in whole.items() if (f"{LAYER}." in key) != self._merged}
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """All ranks: inside, to be saved only, the model has its adapters in its weights, and is complete without."""
+        with merged(self.get_model_module_list()):
+            self._merged = True
+            try:
+                yield
+            finally:
+                self._merged = False
 
 
 def _named(container: torch.nn.ModuleDict) -> Iterator[tuple[str, Any]]:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
 from nemo.core.classes.mixins.adapter_mixins import AdapterModuleMixin
 from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPTReinforceActorModel
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.train_utils import set_sync_funcs
 
-from nemo_lrpo.actor import adapters
+from nemo_lrpo.actor.adapters import AdapterShards, leave_sequence_parallelism, resume_sequence_parallelism
 from nemo_lrpo.actor.host_memory import OptimizerStates, ReferenceWeights
 from nemo_lrpo.actor.output_layer import logprobs_for_logits
 from nemo_lrpo.actor.packing import arrange
@@ -27,7 +26,7 @@ Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tenso
 """(log-probs [b, S-1], micro batch) -> (sum with global weights applied, sums for metrics)."""
 
 
-class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
+class LrpoActorModel(AdapterShards, ArchiveTokenizer, MegatronGPTReinforceActorModel):
     """Adds what GRPO over mixed-language groups needs; generation, refit and offloading stay the parent's.
 
     The policy is softmax(logits / temperature) throughout: what is sampled from is what is trained.
@@ -42,7 +41,6 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
     """Where they leave the GPU between updates."""
     on_micro_batch: Callable[[], None] = staticmethod(lambda: None)
     """Called before each micro batch goes through the model."""
-    _merged = False
     _split_adapters: Sequence[Any] = ()
     """Adapters that are out of sequence parallelism for now."""
 
@@ -108,24 +106,6 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
             for module in adapted:
                 module.set_enabled_adapters(enabled=True)
 
-    def sharded_state_dict(self, prefix: str = "") -> dict[str, Any]:
-        """What a checkpoint holds of the model: with adapters these alone, the base being in its .nemo; merged, the
-        rest. NeMo 2.2 says None here where there are adapters, and then saves nothing through Megatron."""
-        whole = super(NLPAdapterModelMixin, self).sharded_state_dict(prefix)
-        if not self.use_peft:
-            return whole
-        return {key: shard for key, shard in whole.items() if (f"{adapters.LAYER}." in key) != self._merged}
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """All ranks: inside, to be saved only, the model has its adapters in its weights, and is complete without."""
-        with adapters.merged(self.get_model_module_list()):
-            self._merged = True
-            try:
-                yield
-            finally:
-                self._merged = False
-
     def offload_adam_states(self) -> None:
         """Called by the parent before generation and passes without gradient; its own knows Apex's optimizer only."""
         if self.optimizer_states is not None:
@@ -141,12 +121,12 @@ class LrpoActorModel(ArchiveTokenizer, MegatronGPTReinforceActorModel):
         in adapters."""
         super()._reset_sequence_parallelism_args()
         self._scatter_embeddings(False)
-        self._split_adapters = adapters.leave_sequence_parallelism(self.get_model_module_list())
+        self._split_adapters = leave_sequence_parallelism(self.get_model_module_list())
 
     def _restore_sequence_parallelism_args(self) -> None:
         super()._restore_sequence_parallelism_args()
         self._scatter_embeddings(self.cfg.sequence_parallel)
-        adapters.resume_sequence_parallelism(self.get_model_module_list(), self._split_adapters)
+        resume_sequence_parallelism(self.get_model_module_list(), self._split_adapters)
 
     def _scatter_embeddings(self, scatter: bool) -> None:
         for chunk in self.get_model_module_list():

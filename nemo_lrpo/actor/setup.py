@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -43,6 +44,10 @@ from nemo_lrpo.actor.policy import LrpoActorModel
 from nemo_lrpo.actor.shards import ShardIO
 from nemo_lrpo.config.checks import ConfigError, unknown_key_message
 from nemo_lrpo.config.schema import RunConfig
+from nemo_lrpo.config.supervised import SupervisedConfig
+
+if TYPE_CHECKING:
+    from nemo_lrpo.actor.supervised import SupervisedModel
 
 OPTIMIZER = "mcore_distributed_optim"
 _BEHIND_WATCHDOG_S = 60.0
@@ -52,7 +57,7 @@ _BEHIND_WATCHDOG_S = 60.0
 class Policy:
     """A model on its ranks, with what trains and saves it; optimizer and scheduler are None where it only answers."""
 
-    model: LrpoActorModel
+    model: LrpoActorModel | SupervisedModel
     trainer: Trainer
     optimizer: Any
     scheduler: Any
@@ -61,14 +66,28 @@ class Policy:
 
 
 def check_nemo_sections(config: RunConfig) -> None:
-    """Refuse misspelt or unsupported keys of the sections that Lightning and NeMo own.
+    """Refuse misspelt or unsupported keys of the sections that Lightning and NeMo own. Raises ConfigError."""
+    base = check_sections(config)
+    if config.actor.sequence_packing and base.get("name") == "megatron_gemma2":
+        raise ConfigError(
+            "actor.sequence_packing=true: NeMo's attention for Gemma 2 takes no packed sequences; accepted: false."
+        )
+    if config.model.get("peft", {}).get("peft_scheme") == "lora" and config.rollout.backend == "trt_llm":
+        raise ConfigError(
+            "rollout.backend='trt_llm' with model.peft.peft_scheme='lora': NeMo 2.2 builds and refits the engine from "
+            "the base alone; accepted: rollout.backend='megatron'."
+        )
 
-    Raises ConfigError. A key of `model` is known if the .nemo's own configuration or conf/train.yaml has it.
+
+def check_sections(config: RunConfig | SupervisedConfig) -> DictConfig:
+    """What check_nemo_sections refuses whatever is trained; returns the .nemo's own configuration.
+
+    A key of `model` is known if that or conf/train.yaml has it.
     """
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
     for key in config.trainer:
         if key not in known:
-            raise ConfigError(unknown_key_message(key, known | {"lrpo"}, "trainer"))
+            raise ConfigError(unknown_key_message(key, known | {"lrpo", "sft"}, "trainer"))
     path = str(config.pretrained_checkpoint.restore_from_path)
     try:
         base = load_checkpoint_model_config(path)
@@ -81,18 +100,9 @@ def check_nemo_sections(config: RunConfig) -> None:
     for key in config.model:
         if key not in base and key not in ours | _MODEL_KEYS:
             raise ConfigError(unknown_key_message(key, set(map(str, base)) | ours | _MODEL_KEYS, "model"))
-    if config.actor.sequence_packing and base.get("name") == "megatron_gemma2":
-        raise ConfigError(
-            "actor.sequence_packing=true: NeMo's attention for Gemma 2 takes no packed sequences; accepted: false."
-        )
     scheme = config.model.get("peft", {}).get("peft_scheme", "none")
     if scheme not in ("none", "lora"):
         raise ConfigError(f"model.peft.peft_scheme={scheme!r} is not supported; accepted: 'none', 'lora'.")
-    if scheme == "lora" and config.rollout.backend == "trt_llm":
-        raise ConfigError(
-            "rollout.backend='trt_llm' with model.peft.peft_scheme='lora': NeMo 2.2 builds and refits the engine from "
-            "the base alone; accepted: rollout.backend='megatron'."
-        )
     stages = int(config.model.get("pipeline_model_parallel_size", 1))
     if scheme == "lora" and stages > 1 and base.get("share_embeddings_and_output_weights", True):
         raise ConfigError(
@@ -109,6 +119,7 @@ def check_nemo_sections(config: RunConfig) -> None:
     name = config.model.get("optim", {}).get("name")
     if name != OPTIMIZER:
         raise ConfigError(f"model.optim.name={name!r} is not supported; accepted: {OPTIMIZER!r}.")
+    return base
 
 
 _READ_WITHOUT_DEFAULT = (
@@ -144,19 +155,7 @@ def build_policy(config: RunConfig, *, total_updates: int, resume_from: Path | N
     model and optimizer shards written by `save_shards`. training: False keeps weights alone: no optimizer, no buffers
     of gradients, no reference; of a checkpoint the model's shards are read and no others.
     """
-    # NeMo says hundreds of lines about its defaults; its log files in run_dir still say what it warns of.
-    nemo_logging.setLevel(nemo_logging.WARNING)
-    nemo = OmegaConf.create(
-        {"trainer": dict(config.trainer), "exp_manager": _exp_manager(config), "model": _model(config, total_updates)}
-    )
-    nemo.model = load_and_override_model_config(config.pretrained_checkpoint.restore_from_path, nemo.model)
-    trainer = MegatronTrainerBuilder(nemo).create_trainer()
-    shards = ShardIO(nemo.model)
-    trainer.strategy.checkpoint_io = shards
-    # Of all process groups. The watchdog, which can name what is waited for, is to come first.
-    trainer.strategy._timeout = timedelta(seconds=config.loop.progress_timeout_s + _BEHIND_WATCHDOG_S)
-    if training:
-        exp_manager(trainer, nemo.exp_manager)
+    nemo, trainer, shards = open_trainer(config, _model(config, total_updates), logs=training)
     model = load_from_nemo(
         LrpoActorModel,
         nemo.model,
@@ -204,6 +203,27 @@ def _check_adapters(wanted: bool, shards: Path) -> None:
         )
 
 
+def open_trainer(
+    config: RunConfig | SupervisedConfig, model: DictConfig, logs: bool = True
+) -> tuple[DictConfig, Trainer, ShardIO]:
+    """NeMo's whole configuration, with that of the base .nemo under `model`, and Lightning's trainer with our shards.
+
+    logs: run_dir gets NeMo's log files and loggers.
+    """
+    # NeMo says hundreds of lines about its defaults; its log files in run_dir still say what it warns of.
+    nemo_logging.setLevel(nemo_logging.WARNING)
+    nemo = OmegaConf.create({"trainer": dict(config.trainer), "exp_manager": _exp_manager(config), "model": model})
+    nemo.model = load_and_override_model_config(config.pretrained_checkpoint.restore_from_path, nemo.model)
+    trainer = MegatronTrainerBuilder(nemo).create_trainer()
+    shards = ShardIO(nemo.model)
+    trainer.strategy.checkpoint_io = shards
+    # Of all process groups. The watchdog, which can name what is waited for, is to come first.
+    trainer.strategy._timeout = timedelta(seconds=config.loop.progress_timeout_s + _BEHIND_WATCHDOG_S)
+    if logs:
+        exp_manager(trainer, nemo.exp_manager)
+    return nemo, trainer, shards
+
+
 def _set_up_weights(trainer: Trainer, model: LrpoActorModel, resume_from: Path | None) -> None:
     """What NeMo-Aligner's init_using_ptl does for training, without what trains.
 
@@ -217,6 +237,14 @@ def _set_up_weights(trainer: Trainer, model: LrpoActorModel, resume_from: Path |
     if resume_from is not None:
         checkpoint = trainer.strategy.load_checkpoint(str(resume_from), load_optimizer_states=False)
         call._call_lightning_module_hook(trainer, "on_load_checkpoint", checkpoint)
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Global L2 norm of the reduced gradients, before clipping. optimizer: NeMo's, around Megatron's."""
+    inner = optimizer.mcore_optimizer
+    inner.prepare_grads()
+    parts = getattr(inner, "chained_optimizers", [inner])
+    return math.sqrt(sum(float(part.get_grad_norm()) ** 2 for part in parts))
 
 
 def plan_shards(policy: Policy, directory: Path) -> None:
@@ -250,7 +278,7 @@ def export_nemo(policy: Policy, path: Path, artifacts: Mapping[str, str], is_mai
     torch.distributed.barrier()
 
 
-def data_parallel_size(config: RunConfig) -> int:
+def data_parallel_size(config: RunConfig | SupervisedConfig) -> int:
     """Ranks of the job over ranks of one model. Raises ConfigError where they do not divide."""
     ranks = config.trainer["devices"] * config.trainer.get("num_nodes", 1)
     model_parallel = config.model["tensor_model_parallel_size"] * config.model["pipeline_model_parallel_size"]
@@ -262,7 +290,7 @@ def data_parallel_size(config: RunConfig) -> int:
     return ranks // model_parallel
 
 
-def _exp_manager(config: RunConfig) -> dict[str, Any]:
+def _exp_manager(config: RunConfig | SupervisedConfig) -> dict[str, Any]:
     """Loggers only: checkpoints and resume are ours, nothing is parsed from a file name."""
     return {
         "exp_dir": None,
@@ -315,6 +343,12 @@ def _model(config: RunConfig, total_updates: int) -> DictConfig:
                 "seed": config.seed,
             },
         }
+    return fill_in(model, total_updates)
+
+
+def fill_in(model: DictConfig, total_updates: int) -> DictConfig:
+    """`model` with what NeMo reads without a default, and a schedule of `total_updates` steps where it has one."""
+    with open_dict(model):
         for key in _READ_WITHOUT_DEFAULT:
             model.setdefault(key, None)
         model.setdefault("data", {})

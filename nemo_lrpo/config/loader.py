@@ -15,6 +15,7 @@ from nemo_lrpo.config.checks import ConfigError, unknown_key_message
 from nemo_lrpo.config.evaluation import needs_reward_server
 from nemo_lrpo.config.mode import EXPLANG
 from nemo_lrpo.config.schema import EvaluateConfig, OfflineConfig, RunConfig, TrainConfig
+from nemo_lrpo.config.supervised import SupervisedConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 """The shipped YAML files."""
@@ -114,6 +115,28 @@ def load_offline_config(tree: DictConfig) -> OfflineConfig:
     return config
 
 
+def load_policy_config(tree: DictConfig) -> EvaluateConfig:
+    """`conf/evaluate.yaml` with overrides, typed and checked but for what is asked and who scores: for a policy that
+    only answers. Raises ConfigError."""
+    config = _load(EvaluateConfig, tree)
+    for name in ("prompt", "rollout", "actor"):
+        getattr(config, name).check(name)
+    _check_base_model(config)
+    _check_trainer(config)
+    return config
+
+
+def load_supervised_config(tree: DictConfig) -> SupervisedConfig:
+    """`conf/train_sft.yaml` with overrides, typed and checked. Raises ConfigError before any work starts."""
+    config = _load(SupervisedConfig, tree, "sft")
+    for name in ("data", "prompt", "marks"):
+        getattr(config, name).check(name)
+    config.loop.check("trainer.sft")
+    _check_base_model(config)
+    _check_trainer(config)
+    return config
+
+
 def train_config_tree(config: TrainConfig) -> dict[str, Any]:
     """`config` as plain values in the layout of conf/train.yaml; `restore_train_config` reads it."""
     tree = dataclasses.asdict(config)
@@ -126,10 +149,11 @@ def restore_train_config(tree: Mapping[str, Any]) -> TrainConfig:
     return _load(TrainConfig, OmegaConf.create(dict(tree)))
 
 
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C", bound=RunConfig | SupervisedConfig)
 
 
-def _load(schema: type[C], tree: DictConfig) -> C:
+def _load(schema: type[C], tree: DictConfig, loop: str = "lrpo") -> C:
+    """loop: the section of `trainer` that is ours."""
     try:
         OmegaConf.resolve(tree)
     except InterpolationResolutionError as error:
@@ -139,7 +163,7 @@ def _load(schema: type[C], tree: DictConfig) -> C:
     trainer = OmegaConf.to_container(tree.get("trainer") or OmegaConf.create({}))
     assert isinstance(trainer, dict)
     hints = typing.get_type_hints(schema)
-    values: dict[str, Any] = {"loop": to_dataclass(hints["loop"], trainer.pop("lrpo", None), "trainer.lrpo")}
+    values: dict[str, Any] = {"loop": to_dataclass(hints["loop"], trainer.pop(loop, None), f"trainer.{loop}")}
     for key in tree:
         name = str(key)
         if name not in closed:
@@ -281,7 +305,7 @@ def config_of_run(checkpoint: Path) -> DictConfig | None:
     return None
 
 
-def _check_base_model(config: RunConfig) -> None:
+def _check_base_model(config: RunConfig | SupervisedConfig) -> None:
     path = config.pretrained_checkpoint.restore_from_path
     if not path or not Path(path).exists():
         raise ConfigError(
@@ -290,7 +314,7 @@ def _check_base_model(config: RunConfig) -> None:
         )
 
 
-def _check_trainer(config: RunConfig) -> None:
+def _check_trainer(config: RunConfig | SupervisedConfig) -> None:
     if config.seed < 1:
         raise ConfigError(f"seed={config.seed}: NeMo seeds its own draws with it, too; accepted: 1 or more.")
     if str(config.trainer.get("precision")) in {"16", "16-mixed", "fp16"}:

@@ -17,6 +17,7 @@ from nemo_lrpo.config.loader import (
     compose,
     load_evaluate_config,
     load_offline_config,
+    load_supervised_config,
     load_train_config,
     restore_train_config,
     save_run_config,
@@ -24,6 +25,7 @@ from nemo_lrpo.config.loader import (
 )
 from nemo_lrpo.config.mode import ModeConfig
 from nemo_lrpo.config.schema import OfflineConfig, TrainConfig
+from nemo_lrpo.config.supervised import SupervisedConfig
 from nemo_lrpo.serve_rewards import load_config
 
 METHODS = {"dpo": ("dpo", 2), "mapo": ("dpo", 2), "mpo": ("reward_gap", 4)}
@@ -147,6 +149,26 @@ def test_shipped_server_configurations_are_valid(name: str, tmp_path: Path) -> N
     assert config.calibration.method == "mean" and config.host == "127.0.0.1" and len(config.languages) == 15
 
 
+@pytest.mark.parametrize("name", ["train_sft", "demo_sft"])
+def test_shipped_configurations_of_the_cold_start_are_valid(name: str, paths: dict[str, str]) -> None:
+    del paths["reward.endpoint_file"]
+    tree = compose(name, overrides(paths))
+    config = load_supervised_config(tree)
+    assert config.model["peft"]["peft_scheme"] == "lora"
+    hints = typing.get_type_hints(SupervisedConfig)
+    sections = [(part, hints[part], tree[part]) for part in ("data", "prompt", "marks", "pretrained_checkpoint")]
+    sections.append(("trainer.sft", hints["loop"], tree.trainer.sft))
+    assert not [key for part, schema, node in sections for key in missing_keys(schema, node, part)]
+    for change, words in (
+        ({"trainer.sft.val_check_interval": "4", "trainer.sft.save_interval": "6"}, "must be a multiple of"),
+        ({"+trainer.sft.max_step": "4"}, "unknown key 'max_step'. Did you mean 'max_steps'"),
+        ({"data.train": "nowhere.jsonl"}, "data.train='nowhere.jsonl': no such file; .*make_traces.py"),
+        ({"marks.thinking_open": "'<lang_select>'"}, "is part of marks"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_supervised_config(compose(name, overrides(paths, **change)))
+
+
 def test_every_shipped_file_is_covered() -> None:
     """A file added to conf/ must be added to these tests."""
     top = {path.stem for path in CONFIG_DIR.glob("*.yaml")}
@@ -159,6 +181,8 @@ def test_every_shipped_file_is_covered() -> None:
         "demo_evaluate",
         "serve_rewards",
         "demo_rewards",
+        "train_sft",
+        "demo_sft",
     }
 
 

@@ -26,10 +26,10 @@ ROOMS = {
     "training": {"config", "data", "router", "algorithms", "tasks", "explang"},
     "cpu": set(),
     "checkup": set(),
-    "explang": {"config"},
+    "explang": {"config", "data"},
 }
 """Rooms that a room may import, besides itself and the shared modules."""
-ENTRY_POINTS = {"train", "train_offline", "evaluate", "serve_rewards", "rank", "preflight"}
+ENTRY_POINTS = {"train", "train_offline", "train_sft", "evaluate", "serve_rewards", "rank", "preflight"}
 STACK = {"megatron", "nemo", "nemo_aligner", "apex", "transformer_engine", "tensorrt_llm"}
 STACK_ROOMS = {"actor", "cpu"}
 

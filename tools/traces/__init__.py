@@ -1,0 +1,1 @@
+"""Traces for the cold start of ExpLang: who is asked, what is kept of the replies, and in which form."""
