@@ -43,4 +43,21 @@ step "after it, left to choose"
 measure $results/cold_start/model.nemo choose 360 $results/chosen
 step "after it, told what to think in"
 measure $results/cold_start/model.nemo tag 60 $results/told
-printf '\nDone in %ss. The taught model: %s\n' $((SECONDS - started)) "$PWD/$results/cold_start/model.nemo"
+step "reward server"
+$python -m nemo_lrpo.serve_rewards thinking.tagged=true '~verifiers.similarity' '+verifiers.math={kind: numeric}' \
+  endpoint_file=$results/reward.json triton_log=$results/triton.log >"$results/rewards.log" 2>&1 &
+server=$!
+trap 'kill $server 2>/dev/null || true' EXIT
+step "exploration and exploitation"
+$python -m nemo_lrpo.train --config-name demo_explang
+for name in cold_start run; do
+  step "the test questions, by $name"
+  $python -m nemo_lrpo.evaluate --config-name demo_evaluate mode=explang data.languages="[$all]" mode.seen="[$seen]" \
+    pretrained_checkpoint.restore_from_path=$results/$name/model.nemo evaluation.out=$results/$name.json \
+    evaluation.data=null "+evaluation.tasks.sums={kind: numeric, path: $data/test.parquet}" \
+    rollout.max_new_tokens=96 evaluation.temperature=0
+done
+step "report"
+$python tools/report.py $results/run --before $results/cold_start.json --after $results/run.json \
+  --out $results/report.html
+printf '\nDone in %ss. The report: %s\n' $((SECONDS - started)) "$PWD/$results/report.html"

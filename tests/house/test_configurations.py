@@ -70,6 +70,11 @@ def test_the_mode_is_one_word(name: str, paths: dict[str, str]) -> None:
     assert restore_train_config(train_config_tree(config)) == config
 
 
+def test_the_demo_of_explang_is_valid(paths: dict[str, str]) -> None:
+    config = load_train_config(compose("demo_explang", overrides(paths)))
+    assert (config.mode.name, config.mode.forced_rollouts, len(config.mode.seen)) == ("explang", 0, 12)
+
+
 @pytest.mark.parametrize("name", ["evaluate", "demo_evaluate"])
 def test_shipped_evaluation_configurations_are_valid(name: str, paths: dict[str, str], tmp_path: Path) -> None:
     del paths["data.train"], paths["data.validation"], paths["run_dir"]
@@ -183,6 +188,7 @@ def test_every_shipped_file_is_covered() -> None:
         "demo_rewards",
         "train_sft",
         "demo_sft",
+        "demo_explang",
     }
 
 

@@ -14,7 +14,8 @@ from nemo_lrpo.config.loader import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ("README.md", "slurm/README.md", "nemo_lrpo/training/FAULTS.md")
-CONFIGS = {name: name for name in ("train", "train_offline", "train_sft", "evaluate", "serve_rewards")} | {"preflight": "train"}
+CONFIGS = {name: name for name in ("train", "train_offline", "train_sft", "evaluate", "serve_rewards")}
+CONFIGS |= {"preflight": "train"}
 """Entry point -> its configuration."""
 ELSEWHERE = ("results/", "run_dir/", "build/", "logs/")
 """Beginnings of paths that a run makes."""
