@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _words(arm: Arm) -> list[str]:
-    return [f"router={arm.router}", *arm.server]
+    return [f"router={arm.router}", *arm.settings, *arm.server]
 
 
 def _main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -17,12 +17,13 @@ from nemo_lrpo.config.loader import compose
 @dataclass(frozen=True)
 class Arm:
     """One way to train. `label`: for readers; `router`: a file of conf/router; `server`: overrides of the reward server
-    that it trains with, where that is not the default one."""
+    that it trains with, where that is not the default one; `settings`: those of conf/demo.yaml that it alone has."""
 
     name: str
     label: str
     router: str
     server: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
 
 ARMS = {
@@ -32,7 +33,8 @@ ARMS = {
         Arm("input_dominant", "input-dominant", "input_dominant"),
         Arm("en_dominant", "English-dominant", "en_dominant"),
         Arm("uniform", "uniform", "uniform"),
-        Arm("published", "LRPO, published router", "published"),
+        # In so few steps its moving averages have to be faster than released.
+        Arm("published", "LRPO, published router", "published", settings=("router.alpha=0.3",)),
         Arm("default", "LRPO, default router", "default"),
         Arm("no_calibration", "default, no calibration", "default", ("calibration.method=none",)),
         Arm("no_gate", "default, no gate", "default", ("language_id.gate=off",)),
@@ -110,6 +112,7 @@ class Plan:
         is validated or saved on the way."""
         return [
             f"router={arm.router}",
+            *arm.settings,
             f"seed={seed}",
             f"trainer.lrpo.max_steps={self.steps}",
             "trainer.lrpo.max_epochs=1000",
