@@ -17,6 +17,7 @@ from nemo_lrpo.router.draws import question_key, run_key, slot_uniforms
 from nemo_lrpo.router.numbering import numbered_runs
 from nemo_lrpo.router.objective import Objective
 from nemo_lrpo.router.observed import Observed, first_seen, refuse_repeated, rewarded_rows
+from nemo_lrpo.router.one_thread import on_one_thread
 from nemo_lrpo.router.plan import DRAWN, FIXED, ORIGINS, RESERVED, LanguagePlan
 from nemo_lrpo.router.policy import Context, LanguagePolicy
 from nemo_lrpo.router.published import scheduled
@@ -153,6 +154,7 @@ class BanditRouter:
 
     # --- drawing --------------------------------------------------------------------------------------------------
 
+    @on_one_thread
     def route(self, prompts: Sequence[Prompt], num_rollouts: int, step: int) -> LanguagePlan:
         """See LanguageRouter."""
         if num_rollouts < 1:
@@ -219,6 +221,7 @@ class BanditRouter:
         epsilon = self.epsilon
         return epsilon / len(self.languages) + (1.0 - epsilon) * policy if epsilon else policy
 
+    @on_one_thread
     def distribution(self, prompt: Prompt) -> Probabilities:
         """See LanguageRouter; all on one language where the question leaves no choice."""
         question = self._look_up((prompt,))
@@ -228,6 +231,7 @@ class BanditRouter:
 
     # --- learning -------------------------------------------------------------------------------------------------
 
+    @on_one_thread
     def observe(self, plan: LanguagePlan, rewards: NDArray[np.float64]) -> None:
         """See LanguageRouter."""
         rows = self._observed(plan, np.asarray(rewards, np.float64))
@@ -278,6 +282,7 @@ class BanditRouter:
     def _names(self) -> dict[str, tuple[str, ...]]:
         return dict(zip(NAMES, (self.languages, self.topics, self.regions)))
 
+    @on_one_thread
     def state_dict(self) -> dict[str, Any]:
         """See LanguageRouter. `learned` is the policy's part, `window` what it has not learned from yet."""
         return {
@@ -295,6 +300,7 @@ class BanditRouter:
             "costs": self._price.state(),
         }
 
+    @on_one_thread
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See LanguageRouter."""
         state = upgraded(from_json(state))
@@ -336,6 +342,7 @@ class BanditRouter:
             last |= {"rollouts/min": float(draws.size.min()), "rollouts/max": float(draws.size.max())}
         self._last_route = last
 
+    @on_one_thread
     def metrics(self) -> dict[str, float]:
         """See LanguageRouter. Entropy in nats; it and the probabilities are absent where the last call drew nothing.
 

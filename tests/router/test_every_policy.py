@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from router_rows import Seen, plan_of
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from nemo_lrpo.config.router import LEARNED, DiversityConfig, FeaturesConfig, PriceConfig, RouterConfig, ScheduleConfig
 from nemo_lrpo.router import build_router
@@ -50,6 +51,29 @@ def learn(router: BanditRouter, prompts: list[Prompt], steps: int, best: int = 0
         plan = router.route(prompts, 6, step)
         noise = np.random.default_rng(step).random(len(plan))
         router.observe(plan, 0.3 + 0.4 * (plan.language == best) + 0.2 * noise)
+
+
+def test_linear_algebra_is_on_one_thread_while_the_router_works_and_as_before_it_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    router = build(name="hierarchical")
+    within = []
+    for name in ("probabilities", "learn"):
+        own = getattr(router.policy, name)
+
+        def spy(*args: Any, own: Any = own, **kwargs: Any) -> Any:
+            within.append(threads())
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(router.policy, name, spy)
+    with threadpool_limits(3, "blas"):
+        learn(router, questions(router, 4), 1)
+        outside = threads()
+    assert len(within) >= 2 and all(set(own) == {1} for own in within)
+    assert 3 in outside
 
 
 @pytest.mark.parametrize("name", LEARNED)
