@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,29 +44,24 @@ def run(config: SupervisedConfig, tree: DictConfig) -> int:
 
     Returns the exit code: 0 after the last step, EXIT_REQUEUE where the same command is to go on.
     """
-    from nemo_lrpo.training.stopping import EXIT_REQUEUE, Starts, StoppedInSetUp, catch_signals, stop_of_this_job
+    from nemo_lrpo.training.stopping import Starts, catch_signals, counted, stop_of_this_job
 
     stop = stop_of_this_job(config.loop.stop)
     catch_signals(stop)
     starts = Starts(Path(config.run_dir), config.loop.stop.no_progress_limit)
-    try:
-        with ExitStack() as rooms:
-            with stop.setting_up():
-                learning = set_up(config, tree, stop, starts, rooms)
-            if learning.fit():
-                starts.requeue(learning.between.step)
-                return EXIT_REQUEUE
-            if config.loop.export_nemo:
-                learning.export(Path(config.run_dir) / "model.nemo")
-    except StoppedInSetUp as signalled:
-        print(f"{signalled} before the first step of this start; nothing is lost.", flush=True)
-        starts.requeue(starts.step)
-        return EXIT_REQUEUE
-    except BaseException:
-        starts.clear()
-        raise
-    starts.clear()
-    return 0
+    return counted(starts, partial(_train, config, tree, stop, starts))
+
+
+def _train(config: SupervisedConfig, tree: DictConfig, stop: Stop, starts: Starts) -> int | None:
+    """The step after which it stops early, None after the last one."""
+    with ExitStack() as rooms:
+        with stop.setting_up():
+            learning = set_up(config, tree, stop, starts, rooms)
+        if learning.fit():
+            return learning.between.step
+        if config.loop.export_nemo:
+            learning.export(Path(config.run_dir) / "model.nemo")
+    return None
 
 
 @dataclasses.dataclass
