@@ -149,7 +149,11 @@ class Bench:
 def build(world: World) -> None:
     """Data, models and calibration, where they are missing or older than what makes them."""
     tools = ROOT / "tools"
-    commands = [[tools / "build_models.py", "--data", world.data, "--out", world.models]]
+    models = [tools / "build_models.py", "--data", world.data]
+    commands = [[*models, "--out", world.models, *(["--only", "encoder"] if world.asked_in else [])]]
+    if world.asked_in:
+        tuned_in = ["--tuned-in", ",".join(world.asked_in)]
+        commands.append([*models, "--out", world.policies, "--only", "policy", *tuned_in])
     if not world.knowledge.exists():
         commands.insert(0, [tools / "build_data.py", "--out", world.data])
     for command in commands:

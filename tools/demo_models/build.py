@@ -9,9 +9,10 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ WRONG_LANGUAGE = 0.45
 """Share of answers in another language than the tag's in the last phase, short enough to take on about two thirds."""
 WRONG_VALUE = 0.2
 """Share of known facts answered with another value in the last phase: doubt, which leaves the knowledge."""
+TUNED, UNTUNED = 0.3, 0.75
+"""WRONG_LANGUAGE of a base model that was tuned in some languages only: of the tags of those, and of the others."""
+TUNED_WRONG_VALUE = 0.3
+"""WRONG_VALUE of such a model."""
 
 _COMMON = ("demo_models/build.py", "demo_models/tokenizer.py", "demo_world")
 _SOURCES = {
@@ -30,32 +35,49 @@ _SOURCES = {
     "encoder": (*_COMMON, "demo_models/base_model.py", "demo_models/encoder.py"),
     "base.nemo": ("hf_to_nemo.py", "conversion"),
 }
+ARTIFACTS = {"policy": ("base", "base.nemo"), "encoder": ("encoder",)}
 
 
 class BuildError(ValueError):
     """The data cannot be used; the message names the file."""
 
 
-def build(data: Path, out: Path, seed: int = 0, force: bool = False, steps: int | None = None) -> list[str]:
+def build(
+    data: Path,
+    out: Path,
+    seed: int = 0,
+    force: bool = False,
+    steps: int | None = None,
+    tuned_in: Sequence[str] = (),
+    only: Collection[str] = ARTIFACTS,
+) -> list[str]:
     """Bring `out`/base, `out`/encoder and `out`/base.nemo up to date with `data`; returns the names built anew.
 
     base: Hugging Face directory with the tokenizer. encoder: sentence-transformers directory. base.nemo: base as
-    NeMo reads it. steps: of both trainings, instead of their recipes' own. Raises BuildError where a file of `data`
-    is missing or belongs to another world, RuntimeError where a training process fails.
+    NeMo reads it. steps: of both trainings, instead of their recipes' own. tuned_in: see `base_rows`. only: these of
+    ARTIFACTS. Raises BuildError where a file of `data` is missing or belongs to another world, or for an unknown
+    language, RuntimeError where a training process fails.
     """
+    from tools.demo_world import LANGUAGES
+
+    if unknown := [language for language in tuned_in if language not in LANGUAGES]:
+        raise BuildError(f"tuned in {unknown[0]!r}: no language of the world; accepted: {', '.join(LANGUAGES)}.")
     for name in INPUTS:
         if not (data / name).is_file():
             raise BuildError(f"{data / name}: no such file; python tools/build_data.py --out {data} writes it.")
     world_facts(data)
     out.mkdir(parents=True, exist_ok=True)
-    inputs = _hash(*(data / name for name in INPUTS), text=f"seed {seed} steps {steps}")
-    wanted = {name: _hash(*(ROOT / "tools" / source for source in _SOURCES[name]), text=inputs) for name in _SOURCES}
-    wanted["base.nemo"] += wanted["base"]
+    tuned_in = tuple(sorted(tuned_in))
+    inputs = _hash(*(data / name for name in INPUTS), text=f"seed {seed} steps {steps} {' '.join(tuned_in)}")
+    names = [name for name in _SOURCES if any(name in ARTIFACTS[one] for one in only)]
+    wanted = {name: _hash(*(ROOT / "tools" / source for source in _SOURCES[name]), text=inputs) for name in names}
+    if "base" in wanted:
+        wanted["base.nemo"] += wanted["base"]
     stale = [name for name in wanted if force or not _is_current(out, name, wanted[name])]
 
     # The two trainings need a core each and nothing of one another; one thread is all that such small products can use.
     context = multiprocessing.get_context("spawn")
-    makers = {"base": _build_base, "encoder": _build_encoder}
+    makers = {"base": partial(_build_base, tuned_in=tuned_in), "encoder": _build_encoder}
     workers = []
     for line, name in enumerate(name for name in stale if name in makers):
         arguments = (makers[name], data, out, name, seed, steps, wanted[name], line)
@@ -131,15 +153,25 @@ def world_facts(data: Path) -> list:
     return facts
 
 
-def base_rows(facts: list, seed: int) -> Callable[[int, bool], Iterator[tuple[str, str, str, str]]]:
-    """Training rows of the base model by (epoch, noisy); see base_model.Rows."""
+def base_rows(
+    facts: list, seed: int, tuned_in: Sequence[str] = ()
+) -> Callable[[int, bool], Iterator[tuple[str, str, str, str]]]:
+    """Training rows of the base model by (epoch, noisy); see base_model.Rows.
+
+    tuned_in: a model as they are that were tuned in few languages: it often answers in another one where it is asked
+    for one of the rest, and all that it knows comes with more doubt. Empty: all languages are alike.
+    """
     import numpy as np
 
-    from tools.demo_world import base_records
+    from tools.demo_world import LANGUAGES, base_records
+
+    noise: tuple[float | dict[str, float], float] = (WRONG_LANGUAGE, WRONG_VALUE)
+    if tuned_in:
+        noise = ({name: TUNED if name in tuned_in else UNTUNED for name in LANGUAGES}, TUNED_WRONG_VALUE)
 
     def rows(epoch: int, noisy: bool) -> Iterator[tuple[str, str, str, str]]:
         rng = np.random.default_rng((seed, epoch, noisy))
-        wrong_language, wrong_value = (WRONG_LANGUAGE, WRONG_VALUE) if noisy else (0.0, 0.0)
+        wrong_language, wrong_value = noise if noisy else (0.0, 0.0)
         for row in base_records(facts, seed, epoch, wrong_language_rate=wrong_language, noise_rate=wrong_value):
             if noisy or row.known or rng.random() < KEEP_UNKNOWN:
                 yield row.question, row.question_language, row.language, row.answer
@@ -160,13 +192,15 @@ def world_tokenizer(data: Path) -> Any:
     return train_tokenizer(texts, LANGUAGES)
 
 
-def _build_base(data: Path, target: Path, seed: int, steps: int | None, line: int) -> None:
+def _build_base(
+    data: Path, target: Path, seed: int, steps: int | None, line: int, tuned_in: Sequence[str] = ()
+) -> None:
     from .base_model import BaseModelRecipe, new_model, train
 
     tokenizer = world_tokenizer(data)
     recipe = _shortened(BaseModelRecipe(), steps)
     model = new_model(tokenizer, recipe, seed)
-    seconds = train(model, tokenizer, base_rows(world_facts(data), seed), recipe, seed, line)
+    seconds = train(model, tokenizer, base_rows(world_facts(data), seed, tuned_in), recipe, seed, line)
     model.generation_config.do_sample = True
     model.save_pretrained(target, safe_serialization=True)
     tokenizer.save_pretrained(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .facts import Fact, known_languages, stable_hash
@@ -40,7 +40,7 @@ def base_records(
     epoch: int = 0,
     *,
     cross_pairs: int = 10,
-    wrong_language_rate: float = 0.15,
+    wrong_language_rate: float | Mapping[str, float] = 0.15,
     noise_rate: float = 0.2,
 ) -> Iterator[BaseExample]:
     """One epoch of examples, 15 + `cross_pairs` a fact; each a function of (seed, epoch, fact, pair) alone.
@@ -49,7 +49,13 @@ def base_records(
     language (where that differs), else in any other. In the language that it comes in, a known fact is answered wrongly
     with probability `noise_rate` and an unknown one always, by one of the fact's wrong values at random.
     """
-    for name, rate in (("wrong_language_rate", wrong_language_rate), ("noise_rate", noise_rate)):
+    strays = wrong_language_rate
+    if not isinstance(strays, Mapping):
+        strays = dict.fromkeys(LANGUAGES, strays)
+    if missing := [language for language in LANGUAGES if language not in strays]:
+        raise ValueError(f"wrong_language_rate: no rate for {', '.join(missing)}.")
+    named = {f"wrong_language_rate[{language}]": rate for language, rate in strays.items()}
+    for name, rate in {**named, "noise_rate": noise_rate}.items():
         if not 0 <= rate <= 1:
             raise ValueError(f"{name}={rate}; expected 0 to 1.")
     if not 0 <= cross_pairs <= len(LANGUAGES) * (len(LANGUAGES) - 1):
@@ -59,7 +65,7 @@ def base_records(
         for asked, tagged in _pairs(fact, seed, epoch, cross_pairs):
             rng = random.Random(stable_hash("example", seed, epoch, fact.fact_id, asked, tagged))
             spoken = tagged
-            if rng.random() < wrong_language_rate:
+            if rng.random() < strays[tagged]:
                 stays = asked != tagged and rng.random() < 0.5
                 spoken = asked if stays else rng.choice([name for name in LANGUAGES if name != tagged])
             right = spoken in known and rng.random() >= noise_rate

@@ -47,7 +47,8 @@ BASELINE = "grpo"
 class World:
     """Where data and models are, as tools/build_data.py, tools/build_models.py and tools/calibrate.py leave them.
     `split`: of the questions that are asked in the end. `asked_in`: languages of the training questions, empty for
-    all; of fewer, `chosen` is the file of those questions, which `choose` writes."""
+    all; of fewer, `chosen` is the file of those questions, which `choose` writes, and the base model was tuned in them
+    (see tools/build_models.py --tuned-in)."""
 
     data: Path
     models: Path
@@ -86,8 +87,12 @@ class World:
         return self.data / "knowledge.json"
 
     @property
+    def policies(self) -> Path:
+        return self.models / "_".join(["tuned", *self.asked_in]) if self.asked_in else self.models
+
+    @property
     def policy(self) -> Path:
-        return self.models / "base.nemo"
+        return self.policies / "base.nemo"
 
     @property
     def encoder(self) -> Path:
@@ -150,7 +155,7 @@ class Plan:
             "data": _files(world.train, world.knowledge),
             "questions": _files(world.questions),
             # base.nemo is an archive of it, with the times of its files.
-            "policy": _files(world.models / "base/model.safetensors", world.models / "base/tokenizer.json"),
+            "policy": _files(world.policies / "base/model.safetensors", world.policies / "base/tokenizer.json"),
             "encoder": _files(world.encoder / "model.safetensors"),
             "calibration": _files(world.calibration),
             "evaluation": _digest(json.dumps([evaluation, self._rewards(())], sort_keys=True)),
