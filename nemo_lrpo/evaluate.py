@@ -5,9 +5,10 @@
     python -m nemo_lrpo.evaluate evaluation.checkpoint=results/run evaluation.out=results/step.json \\
         '+evaluation.tasks.mgsm={kind: mgsm, path: mgsm}' '+evaluation.tasks.mmlu={kind: global_mmlu, path: mmlu}'
 
-Each question is answered once, in its own language. `evaluation.data` is scored by the reward server; tasks in their
-public layouts are scored here (nemo_lrpo/config/evaluation.py). Answers are kept as they come: the same command goes on
-after a stop. `--help` prints the whole configuration.
+Each question is answered in its own language, once, or `evaluation.samples` times; then pass@k is measured too.
+`evaluation.data` is scored by the reward server; tasks in their public layouts are scored here
+(nemo_lrpo/config/evaluation.py). Answers are kept as they come: the same command goes on after a stop, and with more
+samples it adds to them. `--help` prints the whole configuration.
 
 Exit codes are those of nemo_lrpo.train: 0 when all is measured; 75 where a signal or the job's time limit came
 first, and the same command goes on; 79 where that was in vain several times over; 70 where another rank failed; 1 for
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from nemo_lrpo.tasks import Task
     from nemo_lrpo.training.answer_file import AnswerFile
     from nemo_lrpo.training.checkpoint import Checkpoint
-    from nemo_lrpo.training.evaluation import Answer, Suite
+    from nemo_lrpo.training.evaluation import Answer, AnswerKey, Suite
     from nemo_lrpo.training.modes import Mode
     from nemo_lrpo.training.protocols import RewardService
     from nemo_lrpo.training.stopping import Starts, Stop
@@ -115,15 +116,17 @@ def _evaluate(config: EvaluateConfig, stop: Stop, starts: Starts) -> int | None:
                         understand,
                         overwrite=settings.overwrite,
                         writes=is_main_process(os.environ),
+                        samples=settings.samples,
                     )
                 )
             )
         answers = dict(file.kept)
-        if len(answers) < len(items):
+        wanted = sum(len(suite.draws(task)) for task in suite.tasks)
+        if len(answers) < wanted:
             starts.begin(len(answers), main=is_main_process(os.environ))
             if reason := _answer_the_rest(config, checkpoint, renderer, suite, file, answers, stop, starts):
                 if is_main_process(os.environ):
-                    print(_stopped_by(reason, len(answers), len(items)), flush=True)
+                    print(_stopped_by(reason, len(answers), wanted), flush=True)
                 return len(answers)
         _write_result(config, checkpoint, suite, file, answers)
     return None
@@ -135,7 +138,7 @@ def _answer_the_rest(
     renderer: PromptRenderer,
     suite: Suite,
     file: AnswerFile,
-    answers: dict[tuple[str, str], Answer],
+    answers: dict[AnswerKey, Answer],
     stop: Stop,
     starts: Starts,
 ) -> int:
@@ -157,23 +160,24 @@ def _answer_the_rest(
         starts.count = actor.max_over_ranks(starts.count)
         starts.refuse_if_too_many()
         for task in suite.tasks:
-            left = [item for item in task.items if (task.name, item.prompt.question_id) not in answers]
+            wanted = suite.draws(task)
+            left = [draw for draw in wanted if draw.key(task.name) not in answers]
             bar = tqdm(
                 desc=task.name,
-                total=len(task.items),
-                initial=len(task.items) - len(left),
-                unit="question",
+                total=len(wanted),
+                initial=len(wanted) - len(left),
+                unit="answer",
                 disable=not actor.is_main,
             )
             with closing(bar):
-                for items in suite.batches(left):
+                for draws in suite.batches(left):
                     batch, reason = _batch_in_time(
-                        actor, stop, partial(suite.answer, actor, renderer, task, items, stop)
+                        actor, stop, partial(suite.answer, actor, renderer, task, draws, stop)
                     )
                     if reason:
                         return reason
                     file.append(task.name, batch)
-                    answers.update(((task.name, answer.item.prompt.question_id), answer) for answer in batch)
+                    answers.update((answer.draw.key(task.name), answer) for answer in batch)
                     bar.update(len(batch))
         actor.barrier()
     return 0
@@ -209,15 +213,13 @@ def _write_result(
     checkpoint: Checkpoint | None,
     suite: Suite,
     file: AnswerFile,
-    answers: Mapping[tuple[str, str], Answer],
+    answers: Mapping[AnswerKey, Answer],
 ) -> None:
     """The main rank writes and prints the metrics."""
     from nemo_lrpo.training.answer_file import write_whole
     from nemo_lrpo.training.stopping import is_main_process
 
-    results = [
-        suite.result(task, [answers[task.name, item.prompt.question_id] for item in task.items]) for task in suite.tasks
-    ]
+    results = [suite.result(task, [answers[draw.key(task.name)] for draw in suite.draws(task)]) for task in suite.tasks]
     flat: dict[str, float] = {}
     for result in results:
         # Of the file that is given by evaluation.data, with the names that a step's metrics have.

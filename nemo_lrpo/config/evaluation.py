@@ -81,8 +81,11 @@ class TasksConfig:
     """During training: after every so many steps and after the last one; 0: never."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
+    samples: int = 1
+    """Answers to each question, drawn apart. Above 1 pass@k is measured too; questions answered by log-prob have one
+    answer all the same."""
     batch_size: int = 512
-    """Questions answered at a time, over all ranks; what was answered before is kept."""
+    """Answers generated at a time, over all ranks; what was answered before is kept."""
     unseen_languages: Optional[List[str]] = None
     """Languages counted as unseen in training; unset: those that are not among data.languages."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -98,6 +101,12 @@ class TasksConfig:
             task.check(f"{key}.tasks.{name}")
         check_range(f"{key}.interval", self.interval, at_least=0)
         check_range(f"{key}.temperature", self.temperature, at_least=0.0)
+        check_range(f"{key}.samples", self.samples, at_least=1)
+        if self.samples > 1 and self.temperature == 0.0:
+            raise ConfigError(
+                f"{key}.samples={self.samples} with {key}.temperature={self.temperature}: greedy answers to a question "
+                f"are all the same; give a temperature above 0, or {key}.samples=1."
+            )
         check_range(f"{key}.batch_size", self.batch_size, at_least=1)
         self.language_id.check(f"{key}.language_id")
         if any(VERIFIER_OF_KIND[task.kind] == "judge" for task in self.tasks.values()):
@@ -122,7 +131,8 @@ class EvaluationConfig(TasksConfig):
     limit: int = 0
     """Of `data`: at most so many questions, the first of the file; 0: all."""
     overwrite: bool = False
-    """Answers of another model, of other questions or settings at `out` are replaced; false: that is refused."""
+    """Answers of another model, of other questions or settings at `out` are replaced, and those beyond `samples` left
+    out; false: both are refused."""
 
     def check(self, key: str) -> None:
         super().check(key)

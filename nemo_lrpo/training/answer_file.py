@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lrpo.config.checks import ConfigError
-from nemo_lrpo.training.evaluation import Answer
+from nemo_lrpo.training.evaluation import Answer, AnswerKey
 from nemo_lrpo.training.scoring import is_missing
 
 _SAMPLES = 64
@@ -31,15 +31,17 @@ class AnswerFile:
         *,
         overwrite: bool,
         writes: bool,
+        samples: int = 1,
     ):
         """settings: by name, what the answers depend on. understand: a line's object as an answer, KeyError or
-        TypeError for what is none. writes: on the one rank that does; the others read alike. Raises ConfigError where
-        there are answers by other settings, unless `overwrite`."""
+        TypeError for what is none. writes: on the one rank that does; the others read alike. samples: wanted of each
+        question; where there are fewer, those are kept. Raises ConfigError where there are answers by other settings or
+        more of a question, unless `overwrite`, which drops them."""
         self.path = out.with_suffix(".jsonl")
         self._settings = out.with_suffix(".settings.json")
         self._writes = writes
-        self.kept: dict[tuple[str, str], Answer] = {}
-        """By task and question id."""
+        self._samples = samples
+        self.kept: dict[AnswerKey, Answer] = {}
         self._file = None
         lines = self._kept_lines(settings, understand, overwrite)
         if writes:
@@ -83,9 +85,18 @@ class AnswerFile:
                 # The last line of a start that was killed while it wrote.
                 continue
             # What has no score is asked again.
-            if line.endswith(b"\n") and not is_missing(answer.score):
-                self.kept[record["task"], answer.item.prompt.question_id] = answer
-                lines.append(line)
+            if not line.endswith(b"\n") or is_missing(answer.score):
+                continue
+            if answer.slot >= self._samples:
+                if overwrite:
+                    continue
+                raise ConfigError(
+                    f"{self.path} holds more than evaluation.samples={self._samples} answers to a question. Give at "
+                    "least as many as before, or another evaluation.out, or leave out those above with "
+                    "evaluation.overwrite=true."
+                )
+            self.kept[answer.draw.key(record["task"])] = answer
+            lines.append(line)
         return lines
 
     def _differing(self, settings: Mapping[str, object]) -> list[str]:

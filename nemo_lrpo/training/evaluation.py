@@ -1,4 +1,4 @@
-"""Per-language evaluation of a policy: one answer per question, in the question's language.
+"""Per-language evaluation of a policy: each question is answered in its language, once or several times.
 
 `evaluate` answers questions and has them scored; `Suite` measures tasks, by what is written or by log-probabilities.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from nemo_lrpo.config.evaluation import REWARD, TasksConfig
 from nemo_lrpo.config.mode import EXPLANG
 from nemo_lrpo.data.prompts import PromptRenderer
+from nemo_lrpo.explang.metrics import pass_at_k
 from nemo_lrpo.seeding import derive_seed
 from nemo_lrpo.tasks.task import LOGPROB, Item, Task
 from nemo_lrpo.training.intervals import Averages, Interval, averages, bootstrap_seed
@@ -39,6 +41,11 @@ GRADE_OF_FLAG = {
 """Of a judge's flags (rewards/judge.py); an answer without text is not shown to it."""
 CORRECT = "CORRECT"
 UNGRADED = "UNGRADED"
+RIGHT_FROM = 0.5
+"""The reward from which on an answer that is right or wrong counts as right; only with language_id.gate=soft are there
+any but 0 and 1."""
+AnswerKey = tuple[str, str, int]
+"""Task, question id, slot: which answer it is."""
 
 
 @dataclass
@@ -63,18 +70,21 @@ def evaluate(
     stop: Stop | None = None,
     lengths: ExpectedLengths | None = None,
     mode: Mode | None = None,
+    slots: Sequence[int] | None = None,
 ) -> Evaluation:
     """Answer and score `prompts`; all ranks call it, all get the result. temperature 0 is greedy. `lengths`: how long
-    answers are known to be. mode: None for LRPO.
+    answers are known to be. mode: None for LRPO. slots: of each prompt, which of its question's answers is drawn (a
+    question may be there once for each); None: the first.
 
     With `stop`, it is given up where that says so: StepAbandoned, or RewardsUnavailable while waiting for scores.
 
-    The seed of an answer is a function of (seed, question id), so that two policies are compared on the same draws.
+    The seed of an answer is a function of (seed, question id, slot), so that two policies are compared on the same
+    draws.
     """
     mode = mode or LrpoMode()
-    plan = _plan(prompts, mode)
+    plan = _plan(prompts, mode, slots)
     scoring = ScoreCollector(rewards, plan)
-    seeds = [derive_seed("evaluation", seed, prompt.question_id) for prompt in prompts]
+    seeds = [_draw_seed(seed, routed) for routed in plan]
     should_stop = None if stop is None else stop.must_abandon
     expected = None if lengths is None else lengths.expect(plan)
     rollouts = scoring.generate(actor, renderer.render_all(plan), seeds, temperature, should_stop, expected)
@@ -86,9 +96,20 @@ def evaluate(
 
 
 @dataclass(frozen=True)
+class Draw:
+    """An answer that is wanted: to which question, and which of its answers, counted from 0."""
+
+    item: Item
+    slot: int = 0
+
+    def key(self, task: str) -> AnswerKey:
+        return task, self.item.prompt.question_id, self.slot
+
+
+@dataclass(frozen=True)
 class Answer:
     """What the policy answered to `item`. `tokens`: of the answer, None where the answer was an option's log-prob.
-    `thinking`: the language that it was made to think in."""
+    `thinking`: the language that it was made to think in. `slot`: which of the question's answers it is."""
 
     item: Item
     text: str
@@ -97,11 +118,16 @@ class Answer:
     valid: bool
     score: Score | None
     thinking: str | None = None
+    slot: int = 0
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(self.item, self.slot)
 
     @property
     def routed(self) -> RoutedPrompt:
         """What was answered."""
-        return _routed(self.item.prompt, self.thinking)
+        return _routed(self.item.prompt, self.thinking, self.slot)
 
     @property
     def measured(self) -> Measured:
@@ -114,7 +140,7 @@ class Answer:
 
     @classmethod
     def of(cls, item: Item, record: Mapping[str, Any]) -> Answer:
-        """What `record` wrote of `item`. Raises KeyError or TypeError for another object."""
+        """What `record` wrote of `item`. Raises KeyError, TypeError or ValueError for another object."""
         score = record["score"]
         return cls(
             item,
@@ -124,6 +150,7 @@ class Answer:
             record["valid"],
             None if score is None else Score(**{**score, "flags": tuple(score["flags"])}),
             record.get("thinking"),
+            int(record["sample_id"].rpartition("/")[2]),
         )
 
 
@@ -131,7 +158,8 @@ class Answer:
 class TaskResult:
     """A task's measure. `metric`: what is averaged, `reward`, or `accuracy` where an answer is right or wrong. Answers
     without a value are left out of `averages` and counted in `metrics` as missing. `grades`: answers by a judge's
-    grade. `wrong_language`: answers in another language than the question's, of those whose language can be said."""
+    grade. `wrong_language`: answers in another language than the question's, of those whose language can be said. Where
+    a question has several answers, all counts are of answers. `passes`: see `passes_of`; empty where each has one."""
 
     task: Task
     metric: str
@@ -140,11 +168,12 @@ class TaskResult:
     grades: Mapping[str, int]
     wrong_language: int
     unseen: Collection[str]
+    passes: Mapping[str, float] = field(default_factory=dict)
 
     def flat(self) -> dict[str, float]:
         """`<task>/<metric>` in all, `.../<metric>/de` by language, `.../<metric>_macro`, `_seen`, `_unseen` with `_low`
-        and `_high`; `.../grade/<name>` as shares; `.../count`, `missing` and `wrong_language` as numbers; what the mode
-        measures, by its names."""
+        and `_high`; `.../grade/<name>` as shares; `.../count`, `missing` and `wrong_language` as numbers of answers;
+        `.../pass_at_k/<k>` and `.../pass_at_k/<k>/de`; what the mode measures, by its names."""
         found, name = self.averages, f"{self.task.name}/{self.metric}"
         values = {name: found.all.mean, f"{self.task.name}/wrong_language": float(self.wrong_language)}
         values |= {f"{name}/{language}": one.mean for language, one in found.languages.items()}
@@ -157,6 +186,7 @@ class TaskResult:
                 }
         total = max(sum(self.grades.values()), 1)
         values |= {f"{self.task.name}/grade/{grade}": count / total for grade, count in self.grades.items()}
+        values |= {f"{self.task.name}/pass_at_k/{key}": value for key, value in self.passes.items()}
         kept = ("count", "missing", "length", "ended")
         values |= {
             f"{self.task.name}/{key}": value
@@ -181,6 +211,7 @@ class TaskResult:
                 for language, one in found.languages.items()
             },
             **({"grades": dict(self.grades)} if self.grades else {}),
+            **({"pass_at_k": dict(self.passes)} if self.passes else {}),
             "wrong_language": self.wrong_language,
             "metrics": dict(self.metrics),
         }
@@ -193,8 +224,10 @@ class TaskResult:
             groups += [("seen", found.seen), ("unseen", found.unseen)]
         parts = [f"{name} {_words(one)}" for name, one in groups if one is not None]
         grades = ", ".join(f"{grade} {count}" for grade, count in self.grades.items())
+        passes = ", ".join(f"pass@{k} {value:.4f}" for k, value in self.passes.items() if "/" not in k)
         return (
             f"{self.task.name}: {found.all.count} answers, mean {self.metric} {found.all.mean:.4f}; {', '.join(parts)}"
+            + (f"; {passes}" if passes else "")
             + (f"; {grades}" if grades else "")
         )
 
@@ -233,25 +266,31 @@ class Suite:
             items = tuple(item for item in task.items if item.prompt.question_id in fitting)
             self.tasks[number] = replace(task, items=items)
 
-    def batches(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    def draws(self, task: Task) -> list[Draw]:
+        """All answers that are wanted: the first to each question, then the second to each. The first ones are the same
+        however many there are."""
+        return [Draw(item, slot) for slot in range(self._samples(task)) for item in task.items]
+
+    def batches(self, draws: Sequence[Draw]) -> Iterator[Sequence[Draw]]:
         """What is answered at a time."""
-        for start in range(0, len(items), self._config.batch_size):
-            yield items[start : start + self._config.batch_size]
+        for start in range(0, len(draws), self._config.batch_size):
+            yield draws[start : start + self._config.batch_size]
 
     def answer(
-        self, actor: Actor, renderer: PromptRenderer, task: Task, items: Sequence[Item], stop: Stop | None = None
+        self, actor: Actor, renderer: PromptRenderer, task: Task, draws: Sequence[Draw], stop: Stop | None = None
     ) -> list[Answer]:
-        """All ranks: the answers to some of the task's items, in order. Raises as `evaluate` does."""
+        """All ranks: some of the task's answers, in the order of `draws`. Raises as `evaluate` does."""
         if task.method == LOGPROB:
             if stop is not None and actor.max_over_ranks(int(stop.must_abandon())):
                 raise StepAbandoned("told to stop between two batches of an evaluation.")
-            return choose(actor, renderer, task, items)
+            return choose(actor, renderer, task, [draw.item for draw in draws])
         try:
             result = evaluate(
                 actor,
                 self._services[task.name],
                 renderer,
-                [item.prompt for item in items],
+                [draw.item.prompt for draw in draws],
+                slots=[draw.slot for draw in draws],
                 seed=self._seed,
                 temperature=self._config.temperature,
                 max_missing_share=self._max_missing_share,
@@ -263,18 +302,19 @@ class Suite:
         rollouts = result.rollouts
         return [
             Answer(
-                item,
+                draw.item,
                 text,
                 int(tokens),
                 bool(ended),
                 bool(valid),
                 result.scores.get(routed.sample_id),
                 routed.thinking,
+                draw.slot,
             )
-            for item, routed, text, tokens, ended, valid in zip(
-                items,
+            for draw, routed, text, tokens, ended, valid in zip(
+                draws,
                 result.plan,
-                actor.decode(rollouts, range(len(items))),
+                actor.decode(rollouts, range(len(draws))),
                 (rollouts.lengths - rollouts.prompt_lengths).tolist(),
                 rollouts.ended.tolist(),
                 rollouts.valid.tolist(),
@@ -300,32 +340,39 @@ class Suite:
         if task.method != LOGPROB:
             scores = {answer.routed.sample_id: answer.score for answer in answers if answer.score is not None}
             metrics |= self._mode.metrics([one.routed for one in answers], scores, [one.tokens for one in answers])
+        metric, samples = "reward" if task.verifier == REWARD else "accuracy", self._samples(task)
         return TaskResult(
             task=task,
-            metric="reward" if task.verifier == REWARD else "accuracy",
+            metric=metric,
             averages=found,
             metrics=metrics,
             grades=Counter(sorted(grade_of(answer.score) for answer in answers)) if judged else {},
             wrong_language=sum(_in_another_language(answer) for answer in answers),
             unseen=unseen,
+            passes=passes_of(answers, samples) if metric == "accuracy" and samples > 1 else {},
         )
+
+    def _samples(self, task: Task) -> int:
+        """Answers to each of the task's questions."""
+        return 1 if task.method == LOGPROB else self._config.samples
 
     def measure(self, actor: Actor, renderer: PromptRenderer, stop: Stop | None = None) -> dict[str, float]:
         """All ranks: answer every question of every task; TaskResult.flat of all tasks."""
         values: dict[str, float] = {}
         for task in self.tasks:
             answers: list[Answer] = []
+            wanted = self.draws(task)
             with tqdm(
                 desc=task.name,
-                total=len(task.items),
-                unit="question",
+                total=len(wanted),
+                unit="answer",
                 delay=2.0,
                 leave=False,
                 disable=not actor.is_main,
             ) as bar:
-                for items in self.batches(task.items):
-                    answers += self.answer(actor, renderer, task, items, stop)
-                    bar.update(len(items))
+                for draws in self.batches(wanted):
+                    answers += self.answer(actor, renderer, task, draws, stop)
+                    bar.update(len(draws))
             values |= self.result(task, answers).flat()
         return values
 
@@ -372,6 +419,28 @@ def choose(actor: Actor, renderer: PromptRenderer, task: Task, items: Sequence[I
     return answers
 
 
+def passes_of(answers: Sequence[Answer], samples: int) -> dict[str, float]:
+    """pass@k, for k = 1, 2, 4, ... below `samples` and k = samples: `<k>` over all questions, `<k>/<language>` over
+    those of a language.
+
+    The mean over questions of 1 - C(n - c, k) / C(n, k), c of the question's n answers being right. Answers without a
+    value are not among the n; a question with n < k is left out of that k, and a mean over nothing has no entry.
+    """
+    rights: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for answer in answers:
+        if answer.score is not None and answer.score.reward is not None and has_reward(answer.score):
+            prompt = answer.item.prompt
+            rights[prompt.language, prompt.question_id].append(answer.score.reward >= RIGHT_FROM)
+    powers = [1 << power for power in range(samples.bit_length())]
+    found: dict[str, list[float]] = defaultdict(list)
+    for k in sorted({*powers, samples}):
+        for (language, _), own in sorted(rights.items()):
+            if len(own) >= k:
+                for name in (f"{k}", f"{k}/{language}"):
+                    found[name].append(pass_at_k(len(own), sum(own), k))
+    return {name: fmean(values) for name, values in found.items()}
+
+
 def grade_of(score: Score | None) -> str:
     """The judge's grade of an answer by its name, UNGRADED where there is none."""
     flags = () if score is None else score.flags
@@ -389,12 +458,23 @@ def task_digest(task: Task) -> str:
     return digest.hexdigest()
 
 
-def _plan(prompts: Sequence[Prompt], mode: Mode | None = None) -> list[RoutedPrompt]:
-    return [_routed(prompt, None if mode is None else mode.thinking(prompt)) for prompt in prompts]
+def _plan(
+    prompts: Sequence[Prompt], mode: Mode | None = None, slots: Sequence[int] | None = None
+) -> list[RoutedPrompt]:
+    return [
+        _routed(prompt, None if mode is None else mode.thinking(prompt), slot)
+        for prompt, slot in zip(prompts, slots or [0] * len(prompts), strict=True)
+    ]
 
 
-def _routed(prompt: Prompt, thinking: str | None) -> RoutedPrompt:
-    return RoutedPrompt(prompt, -1, 0, prompt.language, ORIGIN_FIXED, 1.0, thinking)
+def _routed(prompt: Prompt, thinking: str | None, slot: int) -> RoutedPrompt:
+    return RoutedPrompt(prompt, -1, slot, prompt.language, ORIGIN_FIXED, 1.0, thinking)
+
+
+def _draw_seed(seed: int, routed: RoutedPrompt) -> int:
+    # Without a slot for the first: so it was before there were others, and results stay comparable.
+    slot = (routed.slot,) if routed.slot else ()
+    return derive_seed("evaluation", seed, routed.prompt.question_id, *slot)
 
 
 def _in_another_language(answer: Answer) -> bool:

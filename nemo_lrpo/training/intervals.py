@@ -51,8 +51,9 @@ def averages(
 
     `parallel` names the question of each value: values of one question (in several languages) are resampled together,
     since a question that is hard in one language is hard in the others too. Questions are resampled among those that
-    are asked in the same languages, so that the number of values of a language stays as it is. Questions count as
-    drawn at random, languages as given. The draws are a function of `seed` alone.
+    are asked in the same languages, so that the number of questions of a language stays as it is. Questions count as
+    drawn at random, languages as given. A question may have several values in one language: they are resampled together
+    too, each weighs alike in the means, and each counts. The draws are a function of `seed` alone.
     """
     table = _Table(values, languages, parallel)
     draws = table.resampled(replicates, np.random.Generator(np.random.Philox(key=seed)))
@@ -101,7 +102,8 @@ class _Table:
         np.add.at(self.counts, at, 1.0)
         strata: dict[bytes, list[int]] = {}
         for i, asked in enumerate(self.counts):
-            strata.setdefault(asked.tobytes(), []).append(i)
+            # Not by how many values: questions that lack one each would be strata of their own, which never vary.
+            strata.setdefault((asked > 0).tobytes(), []).append(i)
         self._strata = [np.array(rows) for rows in strata.values()]
 
     def language_means(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:

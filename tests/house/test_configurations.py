@@ -80,7 +80,7 @@ def test_shipped_evaluation_configurations_are_valid(name: str, paths: dict[str,
     del paths["data.train"], paths["data.validation"], paths["run_dir"]
     paths |= {"evaluation.data": str(tmp_path / "test.parquet"), "evaluation.out": str(tmp_path / "out.json")}
     config = load_evaluate_config(compose(name, overrides(paths)))
-    assert config.evaluation.temperature == 1.0
+    assert (config.evaluation.temperature, config.evaluation.samples) == (1.0, 1)
 
 
 def offline(paths: dict[str, str], **changes: str) -> list[str]:
@@ -238,6 +238,11 @@ def test_every_key_of_an_evaluation_can_be_overridden_without_a_plus(tmp_path: P
             ["think_in='German'", "question"],
         ),
         ({"evaluation.data": "X", "+evaluation.tasks.test": "{kind: mgsm, path: X}"}, ["evaluation.tasks.test"]),
+        ({"evaluation.data": "X", "evaluation.samples": "0"}, ["evaluation.samples=0"]),
+        (
+            {"evaluation.data": "X", "evaluation.samples": "2", "evaluation.temperature": "0"},
+            ["evaluation.samples=2", "evaluation.temperature=0.0"],
+        ),
     ],
 )
 def test_mistakes_in_tasks_are_named(change: dict[str, str], words: list[str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from nemo_lrpo.types import Prompt
 from tools.plot_router import HeatMap
 from tools.report import main, write
 from tools.reporting.charts import LARGE, Line, line_chart, ticks, trend
-from tools.reporting.evaluations import ALL, MACRO, gains
+from tools.reporting.evaluations import ALL, MACRO, Answers, gains
 from tools.reporting.routing import SHADES, cells
 from tools.reporting.runs import ReportError, names_of, read_run
 from tools.reporting.thinking import thinking_rows
@@ -187,19 +187,29 @@ def test_what_training_brought_is_said(site: Path) -> None:
     assert "generate</th><td>3.000</td><td>75.0 %</td>" in one and "other</th><td>0.500</td><td>12.5 %</td>" in one
 
 
+def scored(*answers: tuple[str, str, int, str, float | None]) -> Answers:
+    """Of task, question, slot, language and reward."""
+    return {
+        (task, f"-1/{question}/{slot}"): answer(f"-1/{question}/{slot}", language, reward)
+        for task, question, slot, language, reward in answers
+    }
+
+
 def test_intervals_and_pairs() -> None:
     generator = np.random.default_rng(4)
-    old = {("", f"{i}"): answer(f"{i}", "de", 0.0) for i in range(400)}
     drawn = 0.1 + generator.standard_normal(400)
-    new = {("", f"{i}"): answer(f"{i}", "de", float(value)) for i, value in enumerate(drawn)}
-    whole = gains(old, new)[""][0]
+    old = scored(*(("", f"{i}", 0, "de", 0.0) for i in range(400)))
     error = 1.96 * drawn.std() / 20
-    assert whole.difference == pytest.approx(drawn.mean())
-    assert (whole.high - whole.low) / 2 == pytest.approx(error, rel=0.1)
-    # Tasks apart; what has no score on either side, or no partner, is left out.
-    old = {("t", "1"): answer("1", "de", 0.5), ("t", "2"): answer("2", "de", None), ("u", "1"): answer("1", "ar", 0.0)}
-    new = {("t", "1"): answer("1", "de", 0.75), ("t", "2"): answer("2", "de", 1.0), ("u", "1"): answer("1", "ar", 1.0)}
-    new["t", "3"] = answer("3", "de", 0.0)
+    # Four answers that are equal make a question no surer than one; before, there was one of each.
+    for samples in (1, 4):
+        new = scored(*(("", f"{i}", slot, "de", value) for i, value in enumerate(drawn) for slot in range(samples)))
+        whole = gains(old, new)[""][0]
+        assert whole.difference == pytest.approx(drawn.mean()) and whole.count == 400
+        assert (whole.high - whole.low) / 2 == pytest.approx(error, rel=0.1)
+    # Tasks apart; what has no score on either side, or no partner, is left out. A question is worth its answers' mean.
+    old = scored(("t", "1", 0, "de", 0.5), ("t", "2", 0, "de", None), ("u", "1", 0, "ar", 0.0))
+    new = scored(("t", "1", 0, "de", 0.5), ("t", "2", 0, "de", 1.0), ("u", "1", 0, "ar", 1.0), ("t", "3", 0, "de", 0.0))
+    new |= scored(("t", "1", 1, "de", 1.0), ("t", "1", 2, "de", None))
     found = gains(old, new)
     assert {task: [(g.language, g.count, g.difference) for g in rows] for task, rows in found.items()} == {
         "t": [(ALL, 1, 0.25), (MACRO, 1, 0.25), ("de", 1, 0.25)],

@@ -166,6 +166,7 @@ def test_an_evaluation_forces_a_language(
     starter: Starter, tiny_nemo: Path, data: Path, endpoint: Path, tmp_path: Path
 ) -> None:
     own = settings_for(tiny_nemo, data, endpoint)
+    fixtures = Path(__file__).parents[1] / "tasks" / "fixtures"
     names = ("data.languages", "rollout.micro_batch_size", "rollout.max_new_tokens", "reward.endpoint_file")
     evaluate = Evaluations(
         starter,
@@ -174,12 +175,25 @@ def test_an_evaluation_forces_a_language(
             "pretrained_checkpoint.restore_from_path": tiny_nemo,
             "evaluation.data": data,
             "mode": "explang",
+            "+evaluation.tasks.math": f"{{kind: mgsm, path: {fixtures / 'mgsm'}}}",
+            "prompt.max_tokens": 240,
         },
     )
-    tree, _ = evaluate(tmp_path / "ja.json", evaluation__think_in="ja")
-    assert tree["metrics"]["explang/forced"] == 1.0 and tree["metrics"]["explang/count/ja"] == 12
-    answers = [json.loads(line) for line in (tmp_path / "ja.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {(one["thinking"], *one["score"]["flags"]) for one in answers} == {("ja", "selected:ja")}
-    assert tree["metrics"]["explang/accuracy"] == pytest.approx(
-        statistics.fmean(one["score"]["quality"] for one in answers)
+    tree, text = evaluate(tmp_path / "ja.json", evaluation__think_in="ja", evaluation__samples=2)
+    lines = (tmp_path / "ja.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {(one["task"], one["sample_id"]): one for one in map(json.loads, lines)}
+    assert len(found) == len(lines) == 2 * 12 + 2 * 4
+    answers = {sample_id: one for (task, sample_id), one in found.items() if task == "test"}
+    measured = tree["metrics"]
+    assert measured["explang/forced"] == 1.0 and measured["explang/count/ja"] == 24
+    assert {(one["thinking"], *one["score"]["flags"]) for one in answers.values()} == {("ja", "selected:ja")}
+    assert measured["explang/accuracy"] == pytest.approx(
+        statistics.fmean(one["score"]["quality"] for one in answers.values())
     )
+    # Two answers, drawn apart, to each question; together they are its group.
+    pairs = [(answers[f"{name[:-2]}/0"], answers[f"{name[:-2]}/1"]) for name in answers if name.endswith("/0")]
+    assert len(pairs) == 12 and any(one["response"] != other["response"] for one, other in pairs)
+    solved = [max(one["score"]["quality"], other["score"]["quality"]) == 1.0 for one, other in pairs]
+    assert measured["explang/pass_at_k"] == pytest.approx(statistics.fmean(solved))
+    assert measured["math/count"] == 8 and {"math/pass_at_k/1", "math/pass_at_k/2/sw"} <= set(measured)
+    assert "math: 8 answers" in text and "pass@2" in text

@@ -75,3 +75,12 @@ def test_laws(values: dict[str, list[float]], shared: bool) -> None:
 def test_nothing_to_average() -> None:
     found = averages([], [], [], unseen=(), seed=0)
     assert not found.languages and found.all.count == 0 and math.isnan(found.macro.mean)
+
+
+def test_several_values_of_a_question_are_one_draw_whether_some_are_missing_or_not() -> None:
+    """Equal values of a question make its mean no surer, however many: each question here has another number."""
+    flips = (np.random.default_rng(0).random(100) < 0.5).astype(float).tolist()
+    alone = made({"de": flips}).languages["de"]
+    rows = [(value, str(i)) for i, value in enumerate(flips) for _ in range(100 + i)]
+    found = averages([v for v, _ in rows], ["de"] * len(rows), [q for _, q in rows], unseen=(), seed=1).languages["de"]
+    assert found.count == len(rows) and found.high - found.low == pytest.approx(alone.high - alone.low, rel=0.15)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ Answers = dict[tuple[str, str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Gain:
-    """Mean reward of one language before and after, over the same questions, with a 95 % interval of the difference."""
+    """Mean reward of one language before and after, over the same questions, with a 95 % interval of the difference.
+    count: questions."""
 
     language: str
     count: int
@@ -69,16 +71,28 @@ def metric_names(path: Path) -> dict[str, str]:
 
 
 def gains(before: Answers, after: Answers) -> dict[str, list[Gain]]:
-    """By task: over all questions, the mean of languages, and every language; paired by question. Intervals are
-    percentiles of a bootstrap over questions, for the mean of languages within each. Raises ReportError."""
+    """By task: over all questions, the mean of languages, and every language; paired by question, whose value is the
+    mean over its answers. Intervals are percentiles of a bootstrap over questions, for the mean of languages within
+    each. Raises ReportError."""
     pairs: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for key, record in after.items():
-        old, new = reward(before.get(key)), reward(record)
-        if old is not None and new is not None:
-            pairs.setdefault(key[0], {}).setdefault(str(record["language"]), []).append((old, new))
+    old = question_rewards(before)
+    for (task, question), (language, new) in question_rewards(after).items():
+        if (task, question) in old:
+            pairs.setdefault(task, {}).setdefault(language, []).append((old[task, question][1], new))
     if not pairs:
         raise ReportError("the two evaluations share no scored question.")
     return {task: _gains(by_language) for task, by_language in pairs.items()}
+
+
+def question_rewards(answers: Answers) -> dict[tuple[str, str], tuple[str, float]]:
+    """By task and question: its language and the mean reward of its answers; questions without any are left out."""
+    found: dict[tuple[str, str], tuple[str, list[float]]] = {}
+    for (task, sample_id), record in answers.items():
+        value = reward(record)
+        if value is not None:
+            question = task, sample_id.rpartition("/")[0]
+            found.setdefault(question, (str(record["language"]), []))[1].append(value)
+    return {question: (language, fmean(values)) for question, (language, values) in found.items()}
 
 
 def reward(record: Mapping[str, Any] | None) -> float | None:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from nemo_lrpo.data.errors import DataError
 from tools.plot_router import heat_maps
 from tools.reporting.charts import COLOURS, SMALL, Line, forest, limits, line_chart, trend
-from tools.reporting.evaluations import ALL, MACRO, Answers, Gain, gains, reward
+from tools.reporting.evaluations import ALL, MACRO, Answers, Gain, gains, question_rewards
 from tools.reporting.routing import (
     PROBABILITY,
     Cells,
@@ -264,13 +264,11 @@ def _forest(by_run: Mapping[int, Sequence[Gain]]) -> Markup | None:
 
 
 def _means(answers: Answers) -> dict[str, list[tuple[str, int, float]]]:
-    """By task: language, number and mean reward; over all first."""
+    """By task: language, number of questions and their mean reward; over all first."""
     values: dict[str, dict[str, list[float]]] = {}
-    for (task, _), record in answers.items():
-        value = reward(record)
-        if value is not None:
-            for name in (ALL, str(record["language"])):
-                values.setdefault(task, {}).setdefault(name, []).append(value)
+    for (task, _), (language, value) in question_rewards(answers).items():
+        for name in (ALL, language):
+            values.setdefault(task, {}).setdefault(name, []).append(value)
     return {
         task: [(name, len(own[name]), float(np.mean(own[name]))) for name in [ALL, *sorted(set(own) - {ALL})]]
         for task, own in values.items()
