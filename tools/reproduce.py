@@ -5,14 +5,15 @@
     python tools/reproduce.py --arms grpo,published,default --steps 10 --out results/three
     python tools/reproduce.py --table --out results/reproduce --readme README.md
 
-Training asks questions in a few languages only, as most collections do, and the model is measured in all 15. Every arm
-trains the same base model on the same questions with as many rollouts and steps; what differs is who chooses
-their languages (`router=`), and for the two ablations what the reward server that they train with leaves out. Runs go
-through nemo_lrpo.train and nemo_lrpo.evaluate with conf/demo.yaml. Each is kept as a line of OUT/results.jsonl as soon
-as it is done; the same command goes on after a stop, and more seeds or arms add to what there is. Another number of
-steps, another model or other data is refused there.
+Training asks questions in few languages, as most collections do, and the base model was tuned in these: asked for
+another, it often answers in some other one (tools/build_models.py --tuned-in). The model is measured in all 15. Every
+arm trains the same base model on the same questions with as many rollouts and steps; what differs is who chooses their
+languages (`router=`), and for the two ablations what the reward server that they train with leaves out. Runs go through
+nemo_lrpo.train and nemo_lrpo.evaluate with conf/demo.yaml. Each is kept as a line of OUT/results.jsonl as soon as it is
+done; the same command goes on after a stop, and more seeds or arms add to what there is. Another number of steps,
+another model or other data is refused there.
 
-All arms are judged alike, on questions about facts that no training asks about, one answer each, in the question's
+All arms are judged alike, on questions about facts that no training asks about, several answers each, in the question's
 language, drawn as in training. accuracy: the answer is the true sentence in the question's language, word for word,
 which the world knows without an encoder; so no arm is favoured by the reward that it was trained with. reward: what the
 default server (calibrated, gated) says, whatever server the arm trained with. Both are means of the 15 languages'
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--asked-in",
         default=ASKED_IN,
-        help=f"comma-separated: languages of the training questions, or all ({ASKED_IN})",
+        help=f"comma-separated: languages of training questions and base model, or all ({ASKED_IN})",
     )
     parser.add_argument("--out", type=Path, help="runs, results and pictures (results/reproduce)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (one per core)")

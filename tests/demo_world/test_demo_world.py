@@ -236,6 +236,14 @@ def test_base_examples_have_the_noise_asked_for() -> None:
     assert 1 - sum(rights) / len(rights) == pytest.approx(0.2, abs=0.02)
 
 
+def test_each_tag_can_have_its_own_share_of_other_languages() -> None:
+    rates = {language: float(language == "ko") for language in LANGUAGES}
+    for record in base_records(FACTS, wrong_language_rate=rates):
+        assert (record.language in _languages_of(BY_ID[record.fact_id])[record.answer]) == (record.language != "ko")
+    with pytest.raises(ValueError, match="no rate for ar"):
+        next(base_records(FACTS, wrong_language_rate={name: 0.1 for name in LANGUAGES if name != "ar"}))
+
+
 def test_base_examples_depend_on_seed_epoch_fact_and_pair_alone() -> None:
     whole = list(base_records(FACTS, seed=1, epoch=2))
     alone = [record for fact in reversed(FACTS) for record in base_records([fact], seed=1, epoch=2)]

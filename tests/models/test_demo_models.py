@@ -138,7 +138,23 @@ def test_a_build_is_complete_and_only_what_changed_is_built_again(data: Path, tm
     assert build(data, out, steps=2) == []
     (out / "base.nemo").unlink()
     assert build(data, out, steps=2) == ["base.nemo"]
+    other = tmp_path / "tuned"
+    assert build(data, other, steps=2, tuned_in=["en"], only=["policy"]) == ["base", "base.nemo"]
+    assert not (other / "encoder").exists()
+    assert build(data, other, steps=2, tuned_in=["en"], only=["policy"]) == []
     assert not [path for path in out.iterdir() if path.name.startswith(".") and path.is_dir()]
+
+
+def test_a_model_tuned_in_some_languages_answers_in_others_where_it_is_asked_for_the_rest() -> None:
+    facts = build_facts(FACTS)
+    identifier = LanguageIdentifier(LanguageIdConfig(), LANGUAGES)
+    rows = list(base_rows(facts, 0, ["en", "ja"])(0, True))
+    strays: dict[bool, list[bool]] = {True: [], False: []}
+    for (*_, language, _), found in zip(rows, identifier.identify([answer for *_, answer in rows]), strict=True):
+        strays[language in ("en", "ja")].append(found.language != language)
+    shares = {tuned: sum(values) / len(values) for tuned, values in strays.items()}
+    assert 0.2 < shares[True] < 0.4 and 0.65 < shares[False] < 0.85
+    assert list(base_rows(facts, 0, ["en"])(0, False)) == list(base_rows(facts, 0)(0, False))
 
 
 def test_missing_data_and_another_world_are_named(tmp_path: Path) -> None:
@@ -146,6 +162,8 @@ def test_missing_data_and_another_world_are_named(tmp_path: Path) -> None:
         build(tmp_path, tmp_path / "models")
     for name in build_module.INPUTS:
         (tmp_path / name).write_text('{"fact_id": "currency/Atlantis"}\n')
+    with pytest.raises(BuildError, match="'xx': no language of the world; accepted: ar, de"):
+        build(tmp_path, tmp_path / "models", tuned_in=["en", "xx"])
     with pytest.raises(BuildError, match="no fact 'currency/Atlantis'"):
         build(tmp_path, tmp_path / "models")
     assert not (tmp_path / "models").exists()

@@ -65,7 +65,7 @@ def rollout(step: int, language: str, origin: str, regions: Sequence[str] = ("Ea
 
 def outcome(arm: str, seed: int, accuracy: dict[str, float], digests: dict[str, str] | None = None) -> Outcome:
     taught = dict(zip(accuracy, (0.5, 0.4, 0.1)))
-    measure = Measure(accuracy, accuracy, accuracy, {"de": 0.1}, taught, 0.25, 0.5, 30)
+    measure = Measure(accuracy, accuracy, accuracy, {"de": 0.1}, taught, 0.25, 0.5, 30, 60)
     training = Training(
         0.4, None if arm == "grpo" else 0.5, [0.3, 0.5], ["de", "en"], {"de": 3, "en": 1}, [0.1, 0.2], 99, 16, 7.0, 8.0
     )
@@ -87,7 +87,7 @@ def test_answers_are_judged_by_the_truth_of_the_world(tmp_path: Path) -> None:
     assert found.reward == pytest.approx({"de": 0.4, "ja": 0.7})
     assert found.known == {"ja": 0.5} and found.unknown == {"de": 0.5}
     assert found.taught == {"de": 0.0, "ja": 1.0}
-    assert (found.wrong_language, found.true_somewhere, found.questions) == (0.25, 0.75, 4)
+    assert (found.wrong_language, found.true_somewhere, found.questions, found.answers) == (0.25, 0.75, 2, 4)
 
 
 def test_rollouts_are_counted_where_the_language_was_free(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ ARMS = {
     )
 }
 BASELINE = "grpo"
+ANSWERS = 4
+"""To each of the final questions, so that little of an outcome is the luck of the draw."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Plan:
 
     def evaluate_settings(self, seed: int) -> list[str]:
         """Overrides of conf/demo_evaluate.yaml, but for paths."""
-        return [f"seed={seed}"]
+        return [f"seed={seed}", f"evaluation.samples={ANSWERS}"]
 
     def digests(self, arm: Arm) -> dict[str, str]:
         """What an outcome of `arm` depends on besides its seed, by name, each as a few hexadecimal digits. Source code

@@ -26,10 +26,10 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True)
 class Measure:
-    """What answers to the final questions were like. By language, means over its questions: `accuracy` (the sentence is
+    """What answers to the final questions were like. By language, means over its answers: `accuracy` (the sentence is
     the true one, in the question's language; see `plain`), `reward` (of the default server: calibrated and gated), and
     the accuracy of the questions that the base model was taught in that language (`known`) and of the others
-    (`unknown`). Shares of all questions: `wrong_language`, and `true_somewhere`, the true sentence in any language.
+    (`unknown`). Shares of all answers: `wrong_language`, and `true_somewhere`, the true sentence in any language.
     `taught`: by language, the share of its questions that are known."""
 
     accuracy: dict[str, float]
@@ -40,6 +40,7 @@ class Measure:
     wrong_language: float
     true_somewhere: float
     questions: int
+    answers: int
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,13 @@ def read_measure(answers: Path, knowledge: Knowledge) -> Measure:
     reward: dict[str, list[float]] = defaultdict(list)
     known: dict[str, list[float]] = defaultdict(list)
     unknown: dict[str, list[float]] = defaultdict(list)
-    wrong = true_somewhere = questions = 0
+    wrong = true_somewhere = count = 0
+    questions: set[str] = set()
     for record in _lines(answers):
         language, said, score = record["language"], plain(record["response"]), record["score"]
         right = float(said == plain(record["reference"]))
-        questions += 1
+        count += 1
+        questions.add(record["sample_id"].rpartition("/")[0])
         accuracy[language].append(right)
         (known if language in knowing(record, knowledge) else unknown)[language].append(right)
         fact_id = record["sample_id"].partition("/")[2].rpartition("/")[0].rpartition("/")[0]
@@ -98,9 +101,10 @@ def read_measure(answers: Path, knowledge: Knowledge) -> Measure:
         known=_means(known),
         unknown=_means(unknown),
         taught={language: len(known.get(language, ())) / len(own) for language, own in sorted(accuracy.items())},
-        wrong_language=wrong / questions,
-        true_somewhere=true_somewhere / questions,
-        questions=questions,
+        wrong_language=wrong / count,
+        true_somewhere=true_somewhere / count,
+        questions=len(questions),
+        answers=count,
     )
 
 

@@ -72,8 +72,9 @@ def block(results: Results, summaries: Sequence[Summary]) -> str:
     where = "" if asked == languages else f" Trained on questions in {', '.join(asked)}."
     intro = (
         f"{counted} seeds of {len(first.training.rewards)} steps, {first.training.rollouts:,} rollouts a run.{where} "
-        f"Measured on {first.measure.questions:,} questions about other facts, in {len(languages)} languages. Mean "
-        "over seeds ± half of its 95 % interval; in brackets the difference to GRPO, paired by seed:"
+        f"Measured on {first.measure.answers:,} answers to {first.measure.questions:,} questions about other facts, in "
+        f"{len(languages)} languages. Mean over seeds ± half of its 95 % interval; in brackets the difference to GRPO, "
+        "paired by seed:"
     )
     return f"{intro}\n\n{table(results, summaries)}"
 
