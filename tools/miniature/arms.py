@@ -41,7 +41,7 @@ ARMS = {
     )
 }
 BASELINE = "grpo"
-ANSWERS = 4
+ANSWERS = 2
 """To each of the final questions, so that little of an outcome is the luck of the draw."""
 
 
