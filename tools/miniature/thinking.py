@@ -54,11 +54,11 @@ def thinking_arms(rollouts: int) -> dict[str, ThinkingArm]:
 
 @dataclass(frozen=True)
 class Thinking:
-    """A run. Of the final questions: `accuracy`, `compliance` (of answers that think in a seen language), `tokens` (the
-    mean), `chosen` (the share of each thinking language). Of the training, step by step: `trained_accuracy`,
-    `trained_compliance` (seen languages), `languages` (as many equally frequent ones have the entropy of those that the
-    policy chose; None where it never did), and `exploring`, the number of its first steps that are exploration.
-    """
+    """A run. Of the final questions: `accuracy`; `accuracy_strict`, where an answer that does not think in its tag's
+    language is wrong; `compliance` of tags of seen languages; `tokens`, the mean; `chosen`, the share of each tag. Of the
+    training, step by step: `trained_accuracy`; `trained_compliance`, of seen languages; `languages`, as many equally
+    frequent ones as have the entropy of those that the policy chose, None where it never did. `exploring`: the number
+    of its first steps that are exploration."""
 
     arm: str
     seed: int
@@ -66,6 +66,7 @@ class Thinking:
     rollouts: int
     questions: int
     accuracy: float
+    accuracy_strict: float
     compliance: float
     tokens: float
     chosen: dict[str, float]
@@ -96,7 +97,8 @@ def read_run(
         steps=len(steps),
         rollouts=round(sum(step["count"] for step in steps)),
         questions=round(measured[f"{task}/count"]),
-        accuracy=measured[f"{task}/accuracy"],
+        accuracy=measured[f"{prefix}accuracy"],
+        accuracy_strict=measured[f"{prefix}accuracy_strict"],
         compliance=measured[f"{prefix}compliance/seen"],
         tokens=measured[f"{prefix}tokens"],
         chosen={language: count / total for language, count in sorted(counts.items())},
@@ -120,7 +122,7 @@ def _own(step: Mapping[str, Any], name: str) -> Any:
 
 def figures_of(run: Thinking) -> dict[str, float]:
     """Single numbers of a run, by name: what is averaged over seeds."""
-    found = {"accuracy": run.accuracy, "compliance": run.compliance, "tokens": run.tokens}
+    found = {name: getattr(run, name) for name in ("accuracy", "accuracy_strict", "compliance", "tokens")}
     if run.steps:
         found["sampled_compliance"] = fmean(run.trained_compliance[-LAST_STEPS:])
         found["seconds"] = run.processor_seconds
@@ -168,20 +170,24 @@ class Runs:
 
 COLUMNS = (
     ("accuracy", "accuracy", 3),
+    ("accuracy_strict", "in the tag's language", 3),
     ("compliance", "compliance", 3),
-    ("sampled_compliance", "in training", 3),
-    ("languages_first", "languages: first step", 1),
+    ("sampled_compliance", "of rollouts", 3),
+    ("languages_first", "languages at first", 1),
     ("languages_explored", "most in exploration", 1),
-    ("languages_last", "last steps", 1),
+    ("languages_last", "in the end", 1),
     ("tokens", "tokens", 1),
+    ("seconds", "processor s", 0),
 )
+COMPARED = ("accuracy", "accuracy_strict")
 """(figure, its heading, decimals)"""
 
 
 def table(runs: Runs, arms: Sequence[ThinkingArm], before: str) -> str:
-    """Markdown: the model `before` training, then an arm a row; differences are to ENGLISH, paired by seed."""
+    """Markdown: the model `before` training, then an arm a row; differences are to ENGLISH, paired by seed. Columns
+    "languages": as many equally frequent ones as have the entropy of those that the rollouts chose."""
     lines = [_row(["", *(heading for _, heading, _ in COLUMNS)]), _row(["---", *["---:"] * len(COLUMNS)])]
-    baseline = {run.seed: run.accuracy for run in runs.of(ENGLISH)}
+    baseline = {run.seed: figures_of(run) for run in runs.of(ENGLISH)}
     first = runs.of(before)
     if first:
         found = figures_of(first[0])
@@ -192,8 +198,9 @@ def table(runs: Runs, arms: Sequence[ThinkingArm], before: str) -> str:
         for name, _, digits in COLUMNS:
             values = {seed: found[name] for seed, found in own.items() if name in found}
             cell = _interval(estimate(list(values.values())), digits) if values else ""
-            if name == "accuracy" and arm.name != ENGLISH and baseline.keys() & values.keys():
-                cell += f" ({_interval(paired(values, baseline), digits, '+')})"
+            if name in COMPARED and arm.name != ENGLISH and baseline.keys() & values.keys():
+                other = {seed: found[name] for seed, found in baseline.items()}
+                cell += f" ({_interval(paired(values, other), digits, '+')})"
             cells.append(cell)
         lines.append(_row([arm.label, *cells]))
     return "\n".join(lines)
