@@ -55,10 +55,10 @@ def thinking_arms(rollouts: int) -> dict[str, ThinkingArm]:
 @dataclass(frozen=True)
 class Thinking:
     """A run. Of the final questions: `accuracy`; `accuracy_strict`, where an answer that does not think in its tag's
-    language is wrong; `compliance` of tags of seen languages; `tokens`, the mean; `chosen`, the share of each tag. Of the
-    training, step by step: `trained_accuracy`; `trained_compliance`, of seen languages; `languages`, as many equally
-    frequent ones as have the entropy of those that the policy chose, None where it never did. `exploring`: the number
-    of its first steps that are exploration."""
+    language is wrong; `compliance` of tags of seen languages; `tokens`, the mean; `chosen`, the share of each tag. Of
+    the training, step by step: `trained_accuracy`; `trained_compliance`, of seen languages; `languages`, as many
+    equally frequent ones as have the entropy of those that the policy chose, None where it never did. `exploring`: the
+    number of its first steps that are exploration."""
 
     arm: str
     seed: int
