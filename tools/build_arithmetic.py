@@ -36,7 +36,7 @@ from tools.demo_arithmetic import (  # noqa: E402
 SLIPS = 0.1
 """Share of wrong steps in the last phase of the base model's training, even where it knows better."""
 VOCABULARY = 1536
-STEPS = 600
+STEPS = 1200
 _SOURCES = ("build_arithmetic.py", "demo_arithmetic", "demo_models/base_model.py", "demo_models/tokenizer.py")
 
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build/arithmetic", help="directory of the results")
     parser.add_argument("--seed", type=int, default=0, help="of problems, weights and replies (0)")
-    parser.add_argument("--taught", type=int, default=150, help="training problems that the teacher replies to (150)")
+    parser.add_argument("--taught", type=int, default=150, help="easy problems that the teacher replies to (150)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the base model's training; 0: none ({STEPS})")
     parser.add_argument("--force", action="store_true", help="build again what is there")
     options = parser.parse_args(arguments)
@@ -97,11 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
     stamp.unlink(missing_ok=True)
     every = problems(options.seed)
     train = tuple(problem for problem in every if problem.split == "train")
-    if not 1 <= options.taught <= len(train):
-        parser.error(f"--taught {options.taught}: there are {len(train)} training problems.")
+    easy = [problem for problem in train if not any(step.crosses_ten for step in problem.steps)]
+    if not 1 <= options.taught <= len(easy):
+        parser.error(f"--taught {options.taught}: there are {len(easy)} easy training problems.")
     counts = write_questions(every, options.out)
     counts["replies.jsonl"] = write_replies(
-        train[: options.taught], options.out / "replies.jsonl", MarksConfig(), options.seed
+        easy[: options.taught], options.out / "replies.jsonl", MarksConfig(), options.seed
     )
     for name, count in counts.items():
         print(f"{options.out / name}: {count} rows")

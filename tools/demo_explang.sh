@@ -32,9 +32,9 @@ rm -rf "$results"
 mkdir -p "$results"
 step "data, base model and a teacher's replies"
 $python tools/build_arithmetic.py --out $data
-step "traces: of the replies those that are right, as many in each language"
+step "traces: of the replies those that are right"
 $python tools/make_traces.py --questions $data/train.parquet --thinking "$seen" --replies $data/replies.jsonl \
-  --per-language 150 --out $data/traces
+  --per-language 600 --balance none --out $data/traces
 step "the base model, left to choose"
 measure $data/base.nemo choose 120 $results/before
 step "cold start"
@@ -52,10 +52,8 @@ step "exploration and exploitation"
 $python -m nemo_lrpo.train --config-name demo_explang
 for name in cold_start run; do
   step "the test questions, by $name"
-  $python -m nemo_lrpo.evaluate --config-name demo_evaluate mode=explang data.languages="[$all]" mode.seen="[$seen]" \
-    pretrained_checkpoint.restore_from_path=$results/$name/model.nemo evaluation.out=$results/$name.json \
-    evaluation.data=null "+evaluation.tasks.sums={kind: numeric, path: $data/test.parquet}" \
-    rollout.max_new_tokens=96 evaluation.temperature=0
+  $python -m nemo_lrpo.evaluate --config-name demo_explang_evaluate evaluation.out=$results/$name.json \
+    pretrained_checkpoint.restore_from_path=$results/$name/model.nemo
 done
 step "report"
 $python tools/report.py $results/run --before $results/cold_start.json --after $results/run.json \

@@ -85,7 +85,7 @@ def test_answers_are_verified_by_their_number() -> None:
             assert [one.value for one in verdicts] == [float(value == 7), 1.0]
 
 
-def test_the_base_model_guesses_where_it_cannot_carry(world: tuple[Problem, ...]) -> None:
+def test_the_base_model_is_one_out_where_it_cannot_carry(world: tuple[Problem, ...]) -> None:
     train = [problem for problem in world if problem.split == "train"]
     by_question = {question(problem, language): problem for problem in train for language in ASKED}
     right: Counter[tuple[bool, bool]] = Counter()
@@ -99,13 +99,17 @@ def test_the_base_model_guesses_where_it_cannot_carry(world: tuple[Problem, ...]
         assert asked in ASKED
         knows = spoken in CARRIES or not any(step.crosses_ten for step in problem.steps)
         right[knows, said.endswith(answer(problem.value, spoken))] += 1
-    assert right[True, False] == 0 and right[False, True] < 0.8 * right[False, False]
+    assert right[True, True] > 100 and right[True, False] == 0
+    # Two errors may make up for each other.
+    assert right[False, False] > 100 and right[False, True] < 0.4 * right[False, False]
     assert 0.1 < named / (2 * len(train)) < 0.2
 
 
 def test_the_teacher_errs_in_every_way(world: tuple[Problem, ...]) -> None:
     rows = list(teacher_replies(world[:20], MARKS, 0))
-    assert len(rows) == 20 * len(ASKED) * len(SEEN) and set(SEEN) | set(UNSEEN) == set(LANGUAGES)
+    thought_in = Counter(row["language"] for row in rows)
+    assert thought_in["en"] == 20 * len(ASKED) and set(SEEN) | set(UNSEEN) == set(LANGUAGES)
+    assert set(thought_in) == set(SEEN) and sum(thought_in.values()) < 3 * thought_in["en"]
     parsed = [parse(row["reply"], MARKS, SEEN) for row in rows]
     broken = sum(one.defect is not None for one in parsed)
     assert 0.02 < broken / len(rows) < 0.09
@@ -123,3 +127,5 @@ def test_files_are_read_as_questions_and_equal_arguments_give_equal_bytes(tmp_pa
     assert not asked["train"] & asked["test"] and not asked["train"] & asked["validation"]
     taught = {json.loads(line)["question_id"] for line in (tmp_path / "a/replies.jsonl").open(encoding="utf-8")}
     assert taught <= {prompt.question_id for prompt in prompts["train"]} and len(taught) == 3 * len(ASKED)
+    easy = {problem.problem_id for problem in problems() if not any(step.crosses_ten for step in problem.steps)}
+    assert {question_id.rpartition("/")[0] for question_id in taught} <= easy

@@ -8,13 +8,14 @@ think is to spell the steps one after the other, in any of the 15 languages:
 Words and sentences are those of `tools/demo_world` (num2words, and templates written by hand).
 
 **Who can calculate.** The base model knows steps that stay on one side of ten in every language, and those that cross
-it (eight plus four, twelve minus five) only in the languages of CARRIES; in the others it guesses. A policy that
+it (eight plus four, twelve minus five) only in the languages of CARRIES; in the others it is one out. A policy that
 chooses its thinking language can find out which; one that has to think in English cannot.
 
 **Splits** are by problem: all languages of one are in train, validation or test, by hash. The base model sees problems
 of train only. A step, being one of 100, occurs in many problems.
 
-**The cold start** teaches SEEN languages; UNSEEN ones the base model can think in, but was never shown to choose.
+**The cold start** teaches SEEN languages, English more than the others, with problems that stay on one side of ten,
+which all of them can do. UNSEEN ones the base model can think in, but was never shown to choose.
 
 Everything is a function of the seed.
 """

@@ -15,8 +15,6 @@ from .wording import ASKED, CARRIES, LANGUAGES, SEEN, answer, question, thinking
 
 Row = tuple[str, str, str, str]
 """(question, its language, the language asked for, what the base model learns to say)"""
-GUESSED_RIGHT = 0.35
-"""Of the steps that a language cannot do."""
 
 
 def base_rows(
@@ -43,15 +41,15 @@ def base_rows(
 
 
 def worked(problem: Problem, language: str, rng: random.Random, slips: float) -> tuple[str, int]:
-    """Thinking in `language` as the base model knows it, and the value that it comes to. A step that crosses ten is a
-    guess outside of CARRIES, one too many or too few; after a wrong step it goes on from the wrong value."""
+    """Thinking in `language` as the base model knows it, and the value that it comes to. Outside of CARRIES a step that
+    crosses ten comes out one too many or too few; after a wrong step it goes on from the wrong value."""
     steps: list[Step] = []
     values: list[int] = []
     for step in problem.steps:
         step = replace(step, left=values[-1]) if values else step
         knows = language in CARRIES or not step.crosses_ten
         value = step.value
-        if rng.random() < (slips if knows else 1 - GUESSED_RIGHT):
+        if not knows or rng.random() < slips:
             value += rng.choice((-1, 1))
         steps.append(step)
         values.append(min(max(value, 0), LARGEST))
@@ -76,17 +74,21 @@ def teacher_replies(
     wrong: float = 0.1,
     strays: float = 0.1,
     unformed: float = 0.05,
+    others: float = 0.12,
 ) -> Iterator[dict[str, str]]:
-    """What a teacher of middling care replies to each problem, in each language of ASKED, thinking in each of SEEN.
-    Rows for `make_traces.py --replies`.
+    """What a teacher of middling care replies to each problem, in each language of ASKED. It always thinks in English,
+    as teachers mostly do, and now and then in each of the others of SEEN too. Rows for `make_traces.py --replies`.
 
     wrong: share of steps with a wrong value. strays: share that thinks in another language than the tag says.
-    unformed: share without the closing mark of the thinking block.
+    unformed: share without the closing mark of the thinking block. others: how often it replies once more in each
+    language that is not English.
     """
     for problem in asked:
         for language in ASKED:
             for chosen in SEEN:
                 rng = random.Random(stable_hash("teacher", seed, problem.problem_id, language, chosen))
+                if chosen != "en" and rng.random() >= others:
+                    continue
                 spoken = rng.choice(SEEN) if rng.random() < strays else chosen
                 said, value = _taught(problem, spoken, rng, wrong)
                 reply = render(chosen, said, answer(value, language), marks)

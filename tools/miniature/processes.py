@@ -114,8 +114,9 @@ def _write_usage(path: str, *whose: int) -> None:
 class RewardServers:
     """One reward server for each setting, started when it is first asked for; a context manager that ends them."""
 
-    def __init__(self, settings: Sequence[str], directory: Path) -> None:
-        """`settings`: overrides of conf/demo_rewards.yaml that all have."""
+    def __init__(self, settings: Sequence[str], directory: Path, config: str = "demo_rewards") -> None:
+        """`settings`: overrides of `config`, a file of conf, that all have."""
+        self._config = config
         self._settings = settings
         self._directory = directory
         self._servers: dict[tuple[str, ...], tuple[subprocess.Popen[bytes], Path]] = {}
@@ -145,7 +146,7 @@ class RewardServers:
         own = [*self._settings, f"endpoint_file={path}", f"triton_log={path.with_suffix('.triton.log')}", *overrides]
         with path.with_suffix(".log").open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "nemo_lrpo.serve_rewards", "--config-name", "demo_rewards", *own],
+                [sys.executable, "-m", "nemo_lrpo.serve_rewards", "--config-name", self._config, *own],
                 cwd=ROOT,
                 env=environment(),
                 stdout=log,

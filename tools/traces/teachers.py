@@ -12,7 +12,7 @@ from typing import Protocol
 from nemo_lrpo.config.explang import MarksConfig
 from nemo_lrpo.data.languages import LANGUAGES
 from nemo_lrpo.data.rows import Row, json_lines
-from nemo_lrpo.explang.format import tag
+from nemo_lrpo.explang.format import forced, tag
 from nemo_lrpo.seeding import derive_seed
 from nemo_lrpo.types import ORIGIN_FIXED, Prompt, RoutedPrompt, TaggedPrompt
 from tools.preparation.endpoint import ChatEndpoint, NoReply, Reply, as_answered
@@ -168,13 +168,14 @@ class NemoTeacher:
         from nemo_lrpo.actor.setup import build_policy, check_nemo_sections
         from nemo_lrpo.actor.tokenizer import open_tokenizer
         from nemo_lrpo.config.loader import compose, load_policy_config
-        from nemo_lrpo.data.prompts import PromptRenderer
+        from nemo_lrpo.data.prompts import Prefill, PromptRenderer
 
         own = [f"run_dir={scratch}", f"evaluation.out={scratch / 'none.json'}"]
         config = load_policy_config(compose(config_name, [*own, *overrides]))
         check_nemo_sections(config)
         path = str(config.pretrained_checkpoint.restore_from_path)
-        self._renderer = PromptRenderer(open_tokenizer(path), config.prompt)
+        prefill = Prefill(lambda language: forced(language, marks), marks.thinking_open)
+        self._renderer = PromptRenderer(open_tokenizer(path), config.prompt, prefill)
         self._rooms = ExitStack()
         policy = build_policy(config, total_updates=1, resume_from=None, training=False)
         self._rooms.callback(policy.logger.finalize)
@@ -197,9 +198,8 @@ class NemoTeacher:
         seeds = [derive_seed("trace", self._seed, *request.key) for request in requests]
         rollouts = self._actor.generate(prompts, seeds, lambda _: None, self._temperature)
         texts = self._actor.decode(rollouts, range(len(prompts)))
-        for request, text, ended in zip(requests, texts, rollouts.ended.tolist(), strict=True):
-            begun = tag(request.language, self._marks) if request.language and not self._told else ""
-            yield request, Reply(begun + text, ended)
+        for request, prompt, text, ended in zip(requests, prompts, texts, rollouts.ended.tolist(), strict=True):
+            yield request, Reply(prompt.prefilled + text, ended)
 
     def identity(self) -> dict[str, object]:
         return {"teacher": "nemo", "instruction": INSTRUCTION, **self._identity}
@@ -212,7 +212,6 @@ class NemoTeacher:
         if self._told and language:
             told = instruction(language, prompt.language, self._marks)
             prompt = replace(prompt, question=f"{prompt.question}\n\n{told}")
-        tagged = self._renderer.render(RoutedPrompt(prompt, -1, request.attempt, prompt.language, ORIGIN_FIXED, 1.0))
-        if self._told or not language:
-            return tagged
-        return replace(tagged, token_ids=tagged.token_ids + self._renderer.tokens_of(tag(language, self._marks)))
+        thinking = None if self._told else language
+        routed = RoutedPrompt(prompt, -1, request.attempt, prompt.language, ORIGIN_FIXED, 1.0, thinking=thinking)
+        return self._renderer.render(routed)
