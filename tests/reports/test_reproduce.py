@@ -182,7 +182,7 @@ def test_every_arm_is_what_it_says_with_the_same_budget(world: World) -> None:
         "en_dominant": "fixed",
         "uniform": "uniform",
         "published": "published",
-        **dict.fromkeys(("default", "no_calibration", "no_gate"), "hierarchical"),
+        **dict.fromkeys(("default", "spread", "no_calibration", "no_gate"), "hierarchical"),
     }
     assert found["input_dominant"].router.mix == {"question": 0.7, "uniform": 0.3}
     loops = [(config.loop, config.seed, config.algorithm, config.rollout) for config in found.values()]
