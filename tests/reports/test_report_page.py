@@ -277,6 +277,40 @@ def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
     assert all(f"<th>{language}</th>" in text for language in languages)
 
 
+def test_a_run_over_pairs_shows_its_loss_and_what_it_tells_apart(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {
+            "kind": kind,
+            "step": step,
+            "loss": 0.7 / step,
+            "accuracy": 0.5,
+            "accuracy/de": 0.5,
+            "pairs": 4.0,
+            "pairs/de": 4.0,
+        }
+        | {"margin": 0.1, "chosen_change": 0.2, "rejected_change": -0.3, "time/step": 2.0}
+        for step in (1, 2, 3)
+        for kind in ("train", "validation")
+    ]
+    (tmp_path / "pairs").mkdir()
+    lines(tmp_path / "pairs" / "metrics.jsonl", records)
+    text = write([tmp_path / "pairs"], tmp_path / "report.html").read_text(encoding="utf-8")
+    for title in (
+        "Loss",
+        "Pairs told apart",
+        "Margin",
+        "Chosen answers",
+        "Rejected answers",
+        "Pairs told apart by language",
+    ):
+        assert title in text
+    assert "is missing or not finite" not in text and "Gate rate" not in text
+    records[2]["loss"] = None
+    lines(tmp_path / "pairs" / "metrics.jsonl", records)
+    text = write([tmp_path / "pairs"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "loss is missing or not finite in 1 of 3 steps (2)." in text
+
+
 def test_what_is_not_there_yet_is_said(site: Path, tmp_path: Path) -> None:
     text = (site / "new.html").read_text(encoding="utf-8")
     for sentence in (

@@ -51,8 +51,22 @@ CURVES = (
     ("groups/zero_variance", "Groups without spread", "questions of a step whose answers all earned the same"),
     ("policy/grad_norm", "Gradient norm", "before clipping"),
     ("missing", "Missing rewards", "rollouts of a step that the reward server left without a reward"),
+    ("loss", "Loss", "mean over the pairs or traces of a step; dots: validation"),
+    ("accuracy", "Pairs told apart", "share whose chosen answer gained more probability; dots: validation"),
+    ("margin", "Margin", "mean of what the loss of the pairs compares; dots: validation"),
+    ("chosen_change", "Chosen answers", "log-probability, less that under the initial policy, nats; dots: validation"),
+    (
+        "rejected_change",
+        "Rejected answers",
+        "log-probability, less that under the initial policy, nats; dots: validation",
+    ),
 )
-BY_LANGUAGE = (("reward", "Reward by language"), ("gate", "Gate rate by language"), ("length", "Length by language"))
+BY_LANGUAGE = (
+    ("reward", "Reward by language"),
+    ("gate", "Gate rate by language"),
+    ("length", "Length by language"),
+    ("accuracy", "Pairs told apart by language"),
+)
 SETTINGS = (
     "router.name",
     "pretrained_checkpoint.restore_from_path",
@@ -312,10 +326,12 @@ def _languages(runs: Sequence[Run]) -> tuple[list[str], int]:
 
 def _language_rows(run: Run) -> list[dict[str, Any]]:
     total = float(np.nansum(run.series("count")[1]))
+    if not total:
+        return []
     return [
         {
             "language": language,
-            "share": float(np.nansum(run.series(f"count/{language}")[1])) / total if total else math.nan,
+            "share": float(np.nansum(run.series(f"count/{language}")[1])) / total,
             **{key: ends(run, f"{key}/{language}") for key in ("reward", "gate", "length")},
         }
         for language in run.languages

@@ -41,7 +41,7 @@ class Run:
     @property
     def languages(self) -> tuple[str, ...]:
         """All languages that its log names, sorted."""
-        prefixes = ("count/", "router/probability/")
+        prefixes = ("count/", "router/probability/", "pairs/")
         keys = {key for record in (*self.train, *self.validation) for key in record if key.startswith(prefixes)}
         return tuple(sorted({key.rpartition("/")[2] for key in keys}))
 
@@ -58,7 +58,7 @@ class Run:
 def read_run(path: Path, name: str) -> Run:
     """Raises ReportError where `path` is no run directory or a file of it is damaged in the middle."""
     if not path.is_dir():
-        raise ReportError(f"{path}: no such directory; expected a run_dir of nemo_lrpo.train.")
+        raise ReportError(f"{path}: no such directory; expected the run_dir of a training.")
     notes: list[str] = []
     if not any((path / one).exists() for one in (LOG, ROLLOUTS, "config.yaml", "checkpoints", "model.nemo")):
         raise ReportError(f"{path}: no run directory; it has neither {LOG} nor config.yaml nor checkpoints/.")
@@ -101,7 +101,8 @@ def _metrics(path: Path, notes: list[str]) -> tuple[list[Record], list[Record]]:
     train = kinds["train"]
     if not train:
         notes.append("No training step was logged: it has just begun or broke off in its first step.")
-    for key in ("reward", "policy/loss"):
+    # Training over pairs or traces has a loss and no rewards.
+    for key in ("loss",) if any("loss" in record for record in train) else ("reward", "policy/loss"):
         lost = [f"{r['step']:g}" for r in train if not math.isfinite(_number(r.get(key)))]
         if lost:
             which = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
