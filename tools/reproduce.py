@@ -20,7 +20,8 @@ default server (calibrated, gated) says, whatever server the arm trained with. B
 means. Intervals: 95 %, Student's t over seeds; differences to GRPO are paired by seed, which shares the order of
 questions and the draws of the final answers. For the choice of steps and such use --split validation, never test.
 
-KEY=VALUE arguments override conf/demo.yaml for all arms alike.
+KEY=VALUE arguments override conf/demo.yaml, and conf/demo_evaluate.yaml over it, for all arms alike; on a GPU
+`trainer.accelerator=gpu trainer.precision=bf16`.
 """
 
 from __future__ import annotations

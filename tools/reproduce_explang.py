@@ -12,7 +12,7 @@ Each run is kept as a line of OUT/results.jsonl as soon as it is done; the same 
 seeds or arms add to what there is. After a change of model, data or settings give another --out. Intervals: 95 %,
 Student's t over seeds; differences to English are paired by seed.
 
-KEY=VALUE arguments override conf/demo_explang.yaml for all arms alike.
+KEY=VALUE arguments override conf/demo_explang.yaml and conf/demo_explang_evaluate.yaml for all arms alike.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PICTURE = f"tools/miniature/{FIGURE}"
 
 @dataclass
 class Bench:
-    """What all runs share. `settings`: of every training, besides its arm's."""
+    """What all runs share. `settings`: of every training and evaluation, besides its arm's."""
 
     model: Path
     settings: tuple[str, ...]
@@ -101,6 +101,7 @@ class Bench:
             f"evaluation.out={out}",
             f"evaluation.think_in={arm.think_in or 'null'}",
             "evaluation.overwrite=true",
+            *self.settings,
         ]
         log = directory / "evaluate.log"
         return out, self.start("nemo_lrpo.evaluate", ["--config-name", EVALUATION, *settings], log)
@@ -170,7 +171,7 @@ def check_same(path: Path, model: Path, settings: Sequence[str]) -> None:
 
     trees = [
         OmegaConf.to_container(compose(name, own), resolve=False)
-        for name, own in ((CONFIG, settings), (EVALUATION, ["evaluation.out=out"]))
+        for name, own in ((CONFIG, settings), (EVALUATION, ["evaluation.out=out", *settings]))
     ]
     found = {
         "model": hashlib.sha256(model.read_bytes()).hexdigest()[:16],

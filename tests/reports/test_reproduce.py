@@ -281,7 +281,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, world: World) 
 
     with pytest.raises(ResultsError, match=r"the run grpo, seed 0, had another train than"):
         found.check(Plan(world, 4), arms)
-    with pytest.raises(ResultsError, match=r"another train than"):
+    with pytest.raises(ResultsError, match=r"another evaluation, train than"):
         found.check(Plan(world, 3, ("model.optim.lr=1",)), arms)
     world.calibration.write_text("measured again")
     with pytest.raises(ResultsError, match=r"another calibration than.*another --out"):

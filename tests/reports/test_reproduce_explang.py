@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,6 +107,9 @@ def test_a_run_is_read_from_what_it_left(tmp_path: Path) -> None:
     evaluation, run_dir = left_behind(tmp_path / "forced", 0.8, [None, None])
     assert read_run(ARMS[ENGLISH], 2, evaluation, "sums", run_dir, 7.0).languages is None
     assert read_run(COLD_START, 1, evaluation, "sums", None, 0.0).steps == 0
+    # No tag of a seen language, in some step or in the end.
+    some = dataclasses.replace(found, compliance=None, trained_compliance=[0.2, None, None, None])
+    assert "compliance" not in figures_of(some) and figures_of(some)["sampled_compliance"] == 0.2
 
 
 def test_runs_are_kept_as_they_come_and_a_cut_line_is_taken_out(tmp_path: Path) -> None:

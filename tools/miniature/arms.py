@@ -108,7 +108,7 @@ class World:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs' common settings. `overrides`: of conf/demo.yaml, for every arm alike."""
+    """The runs' common settings. `overrides`: of conf/demo.yaml, for every arm and the final questions alike."""
 
     world: World
     steps: int
@@ -135,7 +135,7 @@ class Plan:
 
     def evaluate_settings(self, seed: int) -> list[str]:
         """Overrides of conf/demo_evaluate.yaml, but for paths."""
-        return [f"seed={seed}", f"evaluation.samples={ANSWERS}"]
+        return [f"seed={seed}", f"evaluation.samples={ANSWERS}", *self.overrides]
 
     def digests(self, arm: Arm) -> dict[str, str]:
         """What an outcome of `arm` depends on besides its seed, by name, each as a few hexadecimal digits. Source code

@@ -67,11 +67,11 @@ class Thinking:
     questions: int
     accuracy: float
     accuracy_strict: float
-    compliance: float
+    compliance: float | None
     tokens: float
     chosen: dict[str, float]
     trained_accuracy: list[float]
-    trained_compliance: list[float]
+    trained_compliance: list[float | None]
     languages: list[float] | None
     exploring: int
     processor_seconds: float
@@ -99,7 +99,7 @@ def read_run(
         questions=round(measured[f"{task}/count"]),
         accuracy=measured[f"{prefix}accuracy"],
         accuracy_strict=measured[f"{prefix}accuracy_strict"],
-        compliance=measured[f"{prefix}compliance/seen"],
+        compliance=measured.get(f"{prefix}compliance/seen"),
         tokens=measured[f"{prefix}tokens"],
         chosen={language: count / total for language, count in sorted(counts.items())},
         trained_accuracy=[_own(step, "accuracy") for step in steps],
@@ -122,9 +122,12 @@ def _own(step: Mapping[str, Any], name: str) -> Any:
 
 def figures_of(run: Thinking) -> dict[str, float]:
     """Single numbers of a run, by name: what is averaged over seeds."""
-    found = {name: getattr(run, name) for name in ("accuracy", "accuracy_strict", "compliance", "tokens")}
+    names = ("accuracy", "accuracy_strict", "compliance", "tokens")
+    # Without a tag of a seen language there is no such compliance.
+    found = {name: value for name in names if (value := getattr(run, name)) is not None}
     if run.steps:
-        found["sampled_compliance"] = fmean(run.trained_compliance[-LAST_STEPS:])
+        if known := [value for value in run.trained_compliance[-LAST_STEPS:] if value is not None]:
+            found["sampled_compliance"] = fmean(known)
         found["seconds"] = run.processor_seconds
     if run.languages is not None:
         explored = run.languages[: run.exploring] or run.languages
