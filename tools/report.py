@@ -5,8 +5,8 @@
 
 RUN is a run_dir of nemo_lrpo.train; of several the page sets curves, tables and samples side by side. Read are
 metrics.jsonl, rollouts.jsonl, config.yaml and the router's state (newest checkpoint, else model.nemo). What a run does
-not have yet the page says. --before and --after are evaluations of the same questions by nemo_lrpo.evaluate: one for
-each RUN in their order, or one --before for all.
+not have yet the page says. --before and --after are evaluations of the same questions by nemo_lrpo.evaluate (their
+result, NAME.json, with the answers beside it, NAME.jsonl): one for each RUN in their order, or one --before for all.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tools.reporting.evaluations import Answers, metric_names, read_answers  # noqa: E402
+from tools.reporting.evaluations import Answers, read_answers  # noqa: E402
+from tools.reporting.measures import Evaluated, read_result  # noqa: E402
 from tools.reporting.page import render  # noqa: E402
-from tools.reporting.runs import ReportError, names_of, read_run  # noqa: E402
+from tools.reporting.runs import ReportError, Run, names_of, read_run  # noqa: E402
 
 
 def write(
@@ -44,7 +45,7 @@ def write(
         _evaluations("--before", before, len(runs), shared=True),
         _evaluations("--after", after, len(runs), shared=False),
         None if knowledge is None else read_knowledge(knowledge),
-        {task: metric for path in after for task, metric in metric_names(path).items()},
+        [*_results("before", before, found), *_results("after", after, found)],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
@@ -73,6 +74,14 @@ def _evaluations(option: str, paths: Sequence[Path], runs: int, shared: bool) ->
         accepted = f"{runs}, one for each run" + (", or 1" if shared else "")
         raise ReportError(f"{option}: {len(paths)} evaluations for {runs} runs; accepted: {accepted}.")
     return [read_answers(path) for path in paths]
+
+
+def _results(when: str, paths: Sequence[Path], runs: Sequence[Run]) -> list[Evaluated]:
+    shared = len(paths) < len(runs)
+    return [
+        Evaluated(when if shared or len(runs) == 1 else f"{run.name}, {when}", read_result(path))
+        for run, path in zip(runs, paths)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

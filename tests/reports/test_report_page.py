@@ -15,11 +15,17 @@ from PIL import Image
 from trained_router import LANGUAGES, REGIONS, STEPS, save, trained
 
 from nemo_lrpo.config.loader import compose, save_run_config
+from nemo_lrpo.explang.metrics import outcome_metrics
+from nemo_lrpo.explang.rewards import Outcome
+from nemo_lrpo.tasks.task import Task
+from nemo_lrpo.training.evaluation import TaskResult
+from nemo_lrpo.training.intervals import averages
 from nemo_lrpo.types import Prompt
 from tools.plot_router import HeatMap
 from tools.report import main, write
 from tools.reporting.charts import LARGE, Line, line_chart, ticks, trend
 from tools.reporting.evaluations import ALL, MACRO, Answers, gains
+from tools.reporting.measures import Evaluated, tables
 from tools.reporting.routing import SHADES, cells
 from tools.reporting.runs import ReportError, names_of, read_run
 from tools.reporting.thinking import thinking_rows
@@ -217,15 +223,69 @@ def test_intervals_and_pairs() -> None:
     }
 
 
+def exam_result(right: list[bool], chosen: list[str | None], samples: int) -> dict[str, Any]:
+    """What an evaluation in mode=explang writes of a judged task: `samples` answers to each question, half of them in
+    German, half in Swahili, which training has not seen; the second of them is not compliant."""
+    languages = ["de" if i < len(right) // 2 else "sw" for i in range(len(right))]
+    questions = [f"q{i // samples}" for i in range(len(right))]
+    outcomes = [
+        Outcome(f"{i}", question, thinking, None, float(i != 1), float(ok), 10 + i)
+        for i, (question, thinking, ok) in enumerate(zip(questions, chosen, right))
+    ]
+    mode = {f"explang/{name}": value for name, value in outcome_metrics(outcomes, {"de"}, 1.0).items()}
+    return TaskResult(
+        Task("exam", "care", "judge", "generate", ()),
+        "accuracy",
+        averages([float(ok) for ok in right], languages, questions, unseen=["sw"], seed=1),
+        {"count": float(len(right)), **mode},
+        {"CORRECT": sum(right), "INCORRECT": len(right) - sum(right)},
+        3,
+        ["sw"],
+        {"1": 0.5, "2": 1.0, "1/de": 0.25, "2/de": 0.75} if samples > 1 else {},
+    ).tree()
+
+
+def test_all_that_an_evaluation_measured_is_shown() -> None:
+    before = exam_result([False] * 8, [None] * 8, 1)
+    after = exam_result([True, True, True, False, True, False, False, False], ["de"] * 6 + ["ja", None], 2)
+    plain = {"metric": "reward", "all": {"mean": 0.5, "count": 4}, "macro": None, "wrong_language": 0, "metrics": {}}
+    both = [Evaluated("before", {"exam": before, "plain": plain}), Evaluated("after", {"exam": after, "plain": plain})]
+    found = {table.title: table for table in tables("exam", both)}
+    assert tables("plain", both) == []
+    groups = found["Languages seen and unseen in training"]
+    assert groups.head == ["", "mean of languages", "seen", "unseen"] and [row[0] for row in groups.rows] == [
+        "before",
+        "after",
+    ]
+    low, high = (after["unseen"][name] for name in ("low", "high"))
+    assert groups.rows[1][2].startswith("0.750 (") and groups.rows[1][3] == f"0.250 ({low:.3f} to {high:.3f})"
+    graded = found["Answers by the judge's grade"]
+    assert graded.head == ["", "answers", "in another language", "CORRECT", "INCORRECT"]
+    assert graded.rows[1] == ["after", "8", "3 (37.5 %)", "4 (50.0 %)", "4 (50.0 %)"]
+    assert found["pass@k"].head == ["", "pass@1", "pass@2"] and found["pass@k"].rows == [["after", "0.500", "1.000"]]
+    assert found["pass@k by language"].rows == [["after", "de", "0.250", "0.750"]]
+    # Of one answer to each question there is none, and a thinking language that nobody chose has no row.
+    thinking = found["Thinking languages, after"]
+    assert thinking.head == [
+        *("thinking in", "responses", "chosen", "accuracy", "strict", "compliance", "tokens", "pass@k"),
+    ]
+    rows = {row[0]: row[1:] for row in thinking.rows}
+    assert list(rows) == ["all", "seen", "unseen", "de", "ja", "none"]
+    assert rows["de"] == ["6", "75.0 %", "0.667", "0.500", "0.833", "12.5", "1.000"] == rows["seen"]
+    assert rows["unseen"] == ["1", "12.5 %", "0.000", "0.000", "1.000", "16.0", "0.000"]
+    assert rows["none"][:2] == ["", "12.5 %"]
+
+
 def test_a_task_is_called_by_what_it_averages(site: Path, tmp_path: Path) -> None:
     for name, right in (("before", 0.0), ("after", 1.0)):
         answers = [answer(f"-1/{task}/0", "de", right, task=task) for task in ("mgsm", "test")]
         lines(tmp_path / f"{name}.jsonl", answers)
-        tasks = {"mgsm": {"metric": "accuracy"}, "test": {"metric": "reward"}}
+        tasks = {"mgsm": {"metric": "accuracy", "wrong_language": 1}, "test": {"metric": "reward"}}
         (tmp_path / f"{name}.json").write_text(json.dumps({"tasks": tasks}))
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     text = write([site / "new"], tmp_path / "report.html", before=[before], after=[after]).read_text(encoding="utf-8")
     assert "<h3>mgsm</h3>" in text and "Mean accuracy 0.000 → 1.000" in text and "Mean reward 0.000 → 1.000" in text
+    assert text.count("<th>in another language</th>") == 1 and re.search(r"<th>before</th><td>–</td><td>1</td>", text)
     after.write_text("[]")
     with pytest.raises(ReportError, match=r"after\.json: no result of nemo_lrpo\.evaluate"):
         write([site / "new"], tmp_path / "report.html", before=[before], after=[after])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,16 +57,6 @@ def read_answers(path: Path) -> Answers:
     if notes or not answers:
         raise ReportError(f"{path}: " + (f"{notes[0]} Let the evaluation end." if notes else "holds no answer."))
     return answers
-
-
-def metric_names(path: Path) -> dict[str, str]:
-    """What an evaluation averages, by task: `reward`, or `accuracy`; of one file of questions nothing is said."""
-    summary = path.with_suffix(".json")
-    try:
-        tasks = json.loads(summary.read_text(encoding="utf-8")).get("tasks", {}) if summary.is_file() else {}
-        return {name: str(task["metric"]) for name, task in tasks.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise ReportError(f"{summary}: no result of nemo_lrpo.evaluate ({error!r}).") from error
 
 
 def gains(before: Answers, after: Answers) -> dict[str, list[Gain]]:

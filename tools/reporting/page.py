@@ -16,6 +16,7 @@ from nemo_lrpo.data.errors import DataError
 from tools.plot_router import heat_maps
 from tools.reporting.charts import COLOURS, SMALL, Line, forest, limits, line_chart, trend
 from tools.reporting.evaluations import ALL, MACRO, Answers, Gain, gains, question_rewards
+from tools.reporting.measures import Evaluated, Table, tables
 from tools.reporting.routing import (
     PROBABILITY,
     Cells,
@@ -105,13 +106,15 @@ class Fact:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A task: by run what it brought, and, of runs after the first, their difference to the first."""
+    """A task: by run what it brought, and, of runs after the first, their difference to the first. tables: what the
+    evaluations' results say besides."""
 
     task: str
     before: dict[int, list[Gain]]
     against_first: dict[int, list[Gain]]
     chart: Markup | None
     after_only: dict[int, list[tuple[str, int, float]]] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,13 @@ def render(
     before: Sequence[Answers | None],
     after: Sequence[Answers | None],
     knowledge: Mapping[str, Sequence[str]] | None = None,
-    metrics: Mapping[str, str] | None = None,
+    results: Sequence[Evaluated] = (),
 ) -> str:
-    """The page. before, after: an evaluation per run, or None. metrics: what is averaged, by task."""
+    """The page. before, after: the answers of an evaluation per run, or None. results: what evaluations, of the same or
+    some of them, say of each task."""
     notes = [(run.name, note) for run in runs for note in run.notes]
     routers = [_routed(number, run, knowledge or {}, notes) for number, run in enumerate(runs)]
-    comparisons = _comparisons(before, after)
+    comparisons = _comparisons(before, after, results)
     if not any(after):
         notes.append(("", "No evaluation was given (--before, --after): what training brought was not measured."))
     elif not all(one for pair in zip(before, after) for one in pair):
@@ -172,7 +176,7 @@ def render(
         facts=_overview(runs, comparisons),
         comparisons=comparisons,
         names=(ALL, MACRO),
-        metrics=metrics or {},
+        metrics={task: tree["metric"] for one in results for task, tree in one.tasks.items()},
         curves=[_figure(runs, *one) for one in CURVES if any(_logged(run, one[0]) for run in runs)],
         by_language=[
             (title, _small(runs, languages, key))
@@ -235,7 +239,9 @@ def _overview(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Fa
     return facts
 
 
-def _comparisons(before: Sequence[Answers | None], after: Sequence[Answers | None]) -> list[Comparison]:
+def _comparisons(
+    before: Sequence[Answers | None], after: Sequence[Answers | None], results: Sequence[Evaluated]
+) -> list[Comparison]:
     brought: dict[str, dict[int, list[Gain]]] = {}
     against: dict[str, dict[int, list[Gain]]] = {}
     alone: dict[str, dict[int, list[tuple[str, int, float]]]] = {}
@@ -249,10 +255,16 @@ def _comparisons(before: Sequence[Answers | None], after: Sequence[Answers | Non
         if number and new and after[0]:
             for task, rows in gains(after[0], new).items():
                 against.setdefault(task, {})[number] = rows
-    tasks = sorted({*brought, *against, *alone})
+    measured = {task: tables(task, results) for one in results for task in one.tasks}
+    tasks = sorted({*brought, *against, *alone, *(task for task, own in measured.items() if own)})
     return [
         Comparison(
-            task, brought.get(task, {}), against.get(task, {}), _forest(brought.get(task, {})), alone.get(task, {})
+            task,
+            brought.get(task, {}),
+            against.get(task, {}),
+            _forest(brought.get(task, {})),
+            alone.get(task, {}),
+            measured.get(task, []),
         )
         for task in tasks
     ]
