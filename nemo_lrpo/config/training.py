@@ -53,7 +53,8 @@ class CheckpointConfig:
     """Checkpoints kept for the best values of `best_metric`, besides the newest `keep_checkpoints`; 0: none."""
     best_metric: str = "reward"
     """A metric of the step that is saved, as metrics.jsonl names it: reward, reward/sw, policy/kl, ...; those of a
-    validation begin with `validation/`: validation/reward, validation/reward/sw."""
+    validation begin with `validation/`: validation/reward, validation/reward/sw. In mode=explang `reward` is the
+    weighted sum that the policy learns from, `validation/reward` r_c * r_v: compliance times correctness."""
     best_mode: str = "max"
     """max or min: which values of the metric are best."""
     on_damage: str = "stop"

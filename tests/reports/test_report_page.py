@@ -97,7 +97,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     knowledge.write_text(json.dumps({"Chat": ["ja"], REGIONS[1]: ["de", "zh"]}))
     before = [site / "before.json"]
     explang = make_run(site / "explang", "default")
-    lines(explang / "metrics.jsonl", [explang_record(step) for step in range(1, 11)])
+    evaluated = [
+        {"kind": "evaluation", "step": step, "exam/accuracy": 0.5, "exam/wrong_language": 0.0, "exam/accuracy/de": 0.5}
+        | {"exam/accuracy_macro": step / 20, "exam/accuracy_seen": 0.5, "exam/accuracy_unseen": step / 10}
+        | {"sums/reward_macro": 0.5, "sums/reward_macro_low": 0.4, "sums/reward_seen": 0.5}
+        for step in (0, 5, 10)
+    ]
+    validated = {"kind": "validation", "step": 10, "reward": 0.25, "explang/selected/ja": 1.0, "explang/count/ja": 4.0}
+    lines(explang / "metrics.jsonl", [*(explang_record(step) for step in range(1, 11)), *evaluated, validated])
     write([explang], site / "explang.html")
     write(runs[:1], site / "one.html", before=before, after=after[:1], knowledge=knowledge)
     write(runs, site / "two.html", before=before, after=after)
@@ -171,7 +178,7 @@ def test_texts_are_shown_as_they_are(browser: Browser, site: Path) -> None:
 
 
 def test_the_page_needs_nothing_else(site: Path) -> None:
-    for name in ("one", "two", "new"):
+    for name in ("one", "two", "new", "explang"):
         text = (site / f"{name}.html").read_text(encoding="utf-8")
         assert len(text) < 400_000 and "default-src 'none'" in text
         assert not re.search(r"<(script|link|img|iframe)\b|<[^>]*\ssrc=|@import|url\(", text)
@@ -424,6 +431,49 @@ def test_names_tell_runs_apart(site: Path) -> None:
     assert names_of([site / "x" / "run", site / "y" / "run"]) == ["x/run", "y/run"]
     assert names_of([site / "a", site / "a"]) == ["a", "a"]
     assert names_of([site / "run"]) == [f"{site.name}/run"]
+
+
+def points(page: str, title: str, kind: str = "trend") -> list[tuple[float, float]]:
+    """Of a line in a chart of the page, in its own units."""
+    chart = page.partition(f'aria-label="{title}"')[2].partition("</svg>")[0]
+    drawn = re.search(rf'class="{kind} s0" d="([^"]*)"', chart)
+    return [] if drawn is None else [(float(x), float(y)) for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", drawn[1])]
+
+
+def test_a_language_that_was_not_chosen_is_drawn_at_0(site: Path) -> None:
+    page = (site / "explang.html").read_text(encoding="utf-8")
+    heights = {x: [y for _, y in points(page, f"explang/selected, {x}")] for x in ("de", "ja", "sw")}
+    # All charts have one range; of de there are four steps of 0.5 first, of sw eight of 0.
+    zero, half = heights["sw"][0], heights["de"][0]
+    shares = {x: [0.5 * (zero - y) / (zero - half) for y in own] for x, own in heights.items()}
+    assert shares["de"] == pytest.approx([0.5] * 4 + [0.4, 0.3, 0.2, 0.1, 0.0, 0.0], abs=0.01)
+    assert shares["ja"] == pytest.approx([0.5] * 4 + [0.6, 0.7, 0.8, 0.9, 0.9, 0.8], abs=0.01)
+    assert shares["sw"] == pytest.approx([0.0] * 8 + [0.1, 0.2], abs=0.01)
+    # In the validation too.
+    (dots,) = points(page, "explang/selected, sw", "dots")
+    assert dots[1] == pytest.approx(zero)
+
+
+def test_evaluations_during_training_have_a_chart_for_each_task(site: Path) -> None:
+    page = (site / "explang.html").read_text(encoding="utf-8")
+    assert "<h3>During training</h3>" in page and "what training brought was not measured" not in page
+    assert "mean accuracy of the languages; dashed: seen in training, dotted: unseen" in page
+    macro, seen, unseen = (points(page, "exam/accuracy", kind) for kind in ("macro", "seen", "unseen"))
+    assert len(macro) == 3 and [x for x, _ in macro] == [x for x, _ in seen] == [x for x, _ in unseen]
+    # From 0 to 0.5, at 0.5, from 0 to 1.
+    assert macro[0][1] == unseen[0][1] and macro[2][1] == seen[0][1] == unseen[1][1]
+    # Where no language is unseen, the mean of the languages says it all.
+    assert len(points(page, "sums/reward", "macro")) == 3 and points(page, "sums/reward", "seen") == []
+    assert "During training" not in (site / "one.html").read_text(encoding="utf-8")
+
+
+def test_what_the_mode_changes_is_said(site: Path) -> None:
+    explang, one = ((site / f"{name}.html").read_text(encoding="utf-8") for name in ("explang", "one"))
+    assert explang.count("in validation r_c * r_v") == 1 and "r_c * r_v" not in one
+    nothing = "Its router drew nothing: the policy chose every thinking language (mode.forced_rollouts=0)."
+    router = explang.partition('<section id="router">')[2].partition("</section>")[0]
+    assert nothing in router and "<table" not in router and "<svg" not in router and "not logged" not in router
+    assert "none, the policy chose" in explang and nothing not in one and 'class="heat"' in one
 
 
 def test_thinking_languages_by_stage(site: Path) -> None:

@@ -17,6 +17,9 @@ COLOURS = 6
 POINTS = 240
 """Of a line; longer ones are averaged in so many pieces."""
 
+_LAYERS = ("raw", "seen", "unseen", "trend", "macro", "dots")
+"""Kinds of lines, the last on top."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -33,7 +36,8 @@ LARGE, SMALL = Size(350, 190, 44, 30), Size(190, 104, 34, 18)
 
 @dataclass(frozen=True)
 class Line:
-    """values of a run (its number) over the steps. kind: trend (a running mean), raw, or dots (some steps only)."""
+    """values of a run (its number) over the steps. kind: trend (a running mean), raw, or, with a dot at each of some
+    steps only, dots (thin), macro (thick), seen (dashed), unseen (dotted)."""
 
     run: int
     kind: str
@@ -99,7 +103,7 @@ def line_chart(
     if level is not None:
         parts.append(Markup('<path class="level" d="M{:.1f} {:.1f}H{:.1f}"/>').format(size.left, y(level), right))
     # Trends on top of what they are the mean of.
-    for line in sorted(lines, key=lambda one: ("raw", "trend", "dots").index(one.kind)):
+    for line in sorted(lines, key=lambda one: _LAYERS.index(one.kind)):
         points = [(x(s), None if math.isnan(v) else y(v)) for s, v in zip(*_thinned(line.series))]
         parts.append(_path(points, line))
     return Markup("").join([*parts, Markup("</svg>")])
@@ -167,7 +171,7 @@ def _path(points: Sequence[tuple[float, float | None]], line: Line) -> Markup:
             continue
         drawn.append(f"{'L' if pen else 'M'}{x:.1f} {y:.1f}")
         alone = not pen and (i + 1 == len(points) or points[i + 1][1] is None)
-        if line.kind == "dots" or (alone and line.kind != "raw"):
+        if line.kind not in ("raw", "trend") or (alone and line.kind == "trend"):
             dots.append(_dot(line.run, x, y))
         pen = True
     again = " again" if line.run >= COLOURS else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from nemo_lrpo.data.errors import DataError
 from tools.plot_router import heat_maps
-from tools.reporting.charts import COLOURS, SMALL, Line, forest, limits, line_chart, trend
+from tools.reporting.charts import COLOURS, SMALL, Line, Series, forest, limits, line_chart, trend
 from tools.reporting.evaluations import ALL, MACRO, Answers, Gain, gains, question_rewards
-from tools.reporting.measures import Evaluated, Table, tables
+from tools.reporting.measures import GROUPS, Evaluated, Table, tables
 from tools.reporting.routing import (
     PROBABILITY,
     Cells,
@@ -28,9 +28,9 @@ from tools.reporting.routing import (
     shades,
     training_questions,
 )
-from tools.reporting.runs import Run
+from tools.reporting.runs import Run, series_of
 from tools.reporting.thinking import CURVES as THINKING_CURVES
-from tools.reporting.thinking import thinking_languages, thinking_rows
+from tools.reporting.thinking import chosen, in_explang, proposes, thinking_languages, thinking_rows
 from tools.saved_router import SavedRouterError, rebuild
 
 SHOWN_LANGUAGES = 24
@@ -67,6 +67,10 @@ BY_LANGUAGE = (
     ("gate", "Gate rate by language"),
     ("length", "Length by language"),
     ("accuracy", "Pairs told apart by language"),
+)
+EXPLANG_REWARD = (
+    "mean over the rollouts of a step; dots: validation. In mode=explang two quantities: in training the weighted sum "
+    "that the policy learns from, in validation r_c * r_v (compliance times correctness)"
 )
 SETTINGS = (
     "router.name",
@@ -120,7 +124,7 @@ class Comparison:
 @dataclass(frozen=True)
 class Routed:
     """What the router of a run learned; `known_mean`: uniform's and the router's mean over `known`. asked: about
-    what."""
+    what. draws: whether it has a say at all."""
 
     run: int
     maps: list[Cells]
@@ -128,6 +132,7 @@ class Routed:
     known_mean: tuple[float, float]
     asked: str
     movement: tuple[float, list[tuple[str, float]]] | None
+    draws: bool = True
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,10 @@ def render(
     notes = [(run.name, note) for run in runs for note in run.notes]
     routers = [_routed(number, run, knowledge or {}, notes) for number, run in enumerate(runs)]
     comparisons = _comparisons(before, after, results)
+    progress = _progress(runs)
     if not any(after):
-        notes.append(("", "No evaluation was given (--before, --after): what training brought was not measured."))
+        unknown = "" if progress else ": what training brought was not measured"
+        notes.append(("", f"No evaluation was given (--before, --after){unknown}."))
     elif not all(one for pair in zip(before, after) for one in pair):
         notes.append(("", "Not every run has an evaluation before and after."))
     languages, left_out = _languages(runs)
@@ -159,6 +166,7 @@ def render(
             ("", f"Charts are of the {len(languages)} languages with the most rollouts; {left_out} are not shown.")
         )
     uniform = 1 / max(1, len({x for run in runs for x in run.languages}))
+    probability = PROBABILITY.rstrip("/")
     entropy = ("router/entropy", "Entropy of drawn slots", "nats; dashed: uniform", -math.log(uniform))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -177,18 +185,19 @@ def render(
         comparisons=comparisons,
         names=(ALL, MACRO),
         metrics={task: tree["metric"] for one in results for task, tree in one.tasks.items()},
-        curves=[_figure(runs, *one) for one in CURVES if any(_logged(run, one[0]) for run in runs)],
+        progress=progress,
+        curves=[_figure(runs, *_noted(runs, one)) for one in CURVES if any(_logged(run, one[0]) for run in runs)],
         by_language=[
-            (title, _small(runs, languages, key))
+            (title, _noted(runs, (key, title, ""))[2], _small(runs, languages, key))
             for key, title in BY_LANGUAGE
             if languages and _any(runs, languages, key)
         ],
         rows=[(run, _language_rows(run)) for run in runs],
         thinking=[(run, found) for run in runs if (found := thinking_rows(run))],
         thinking_curves=[_figure(runs, *one) for one in THINKING_CURVES if any(_logged(run, one[0]) for run in runs)],
-        selected=_small(runs, thinking_languages(runs)[:SHOWN_LANGUAGES], "explang/selected"),
+        selected=_small(runs, thinking_languages(runs)[:SHOWN_LANGUAGES], "explang/selected", read=chosen),
         entropy=_figure(runs, *entropy) if any(_logged(run, entropy[0]) for run in runs) else None,
-        drawn=_small(runs, languages, PROBABILITY.rstrip("/"), uniform),
+        drawn=_small(runs, languages, probability, uniform) if _any(runs, languages, probability) else [],
         routers=routers,
         samples=_samples(runs, before, after),
         parts=_parts(runs),
@@ -211,7 +220,7 @@ def ends(run: Run, key: str) -> Ends:
 
 def _overview(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[Fact]:
     facts = [
-        Fact("router", [str(run.settings().get("router.name", "not known")) for run in runs]),
+        Fact("router", [_router_name(run) for run in runs]),
         Fact("steps", [str(len(run.train)) for run in runs]),
         Fact("rollouts a step", [_last(run, "count") for run in runs]),
     ]
@@ -301,14 +310,43 @@ def _means(answers: Answers) -> dict[str, list[tuple[str, int, float]]]:
     }
 
 
-def _lines(runs: Sequence[Run], key: str, faint: bool = True) -> list[Line]:
+def _progress(runs: Sequence[Run]) -> list[Figure]:
+    """A chart for each task that was evaluated during training: its mean of languages, seen and unseen ones apart."""
+    lines: dict[str, list[Line]] = {}
+    for number, run in enumerate(runs):
+        keys = dict.fromkeys(key for record in run.evaluation for key in record)
+        for name in (key.removesuffix("_macro") for key in keys if key.endswith("_macro")):
+            # With no language unseen, the mean of the seen ones is that of all.
+            for kind in ("macro", *GROUPS) if f"{name}_unseen" in keys else ("macro",):
+                series = series_of(run.evaluation, f"{name}_{kind}")
+                if np.isfinite(series[1]).any():
+                    lines.setdefault(name, []).append(Line(number, kind, series))
+    figures = []
+    for name, own in sorted(lines.items()):
+        task, _, metric = name.rpartition("/")
+        apart = "; dashed: seen in training, dotted: unseen" if any(one.kind == "unseen" for one in own) else ""
+        figures.append(Figure(task, f"mean {metric} of the languages{apart}", line_chart(name, own)))
+    return figures
+
+
+def _noted(runs: Sequence[Run], curve: tuple[str, str, str]) -> tuple[str, str, str]:
+    """key, title and note of a chart; in mode=explang a reward is not the same in training and validation."""
+    key, title, note = curve
+    return key, title, EXPLANG_REWARD if key == "reward" and any(map(in_explang, runs)) else note
+
+
+Read = Callable[[Run, str, bool], Series]
+"""Of a run, a metric's values in its training steps or in its validations."""
+
+
+def _lines(runs: Sequence[Run], key: str, faint: bool = True, read: Read = Run.series) -> list[Line]:
     lines = []
     for number, run in enumerate(runs):
-        series = run.series(key)
+        series = read(run, key, False)
         if faint:
             lines.append(Line(number, "raw", series))
         lines.append(Line(number, "trend", trend(series)[0]))
-        steps, values = run.series(key, validation=True)
+        steps, values = read(run, key, True)
         if np.isfinite(values).any():
             lines.append(Line(number, "dots", (steps, values)))
     return [line for line in lines if np.isfinite(line.series[1]).any()]
@@ -318,9 +356,11 @@ def _figure(runs: Sequence[Run], key: str, title: str, note: str, level: float |
     return Figure(title, note, line_chart(title, _lines(runs, key), level=level))
 
 
-def _small(runs: Sequence[Run], languages: Sequence[str], key: str, level: float | None = None) -> list[Figure]:
+def _small(
+    runs: Sequence[Run], languages: Sequence[str], key: str, level: float | None = None, read: Read = Run.series
+) -> list[Figure]:
     """A chart per language, all with one range."""
-    lines = {language: _lines(runs, f"{key}/{language}", faint=False) for language in languages}
+    lines = {language: _lines(runs, f"{key}/{language}", False, read) for language in languages}
     common = limits([line for own in lines.values() for line in own], level)
     return [
         Figure(language, "", line_chart(f"{key}, {language}", own, SMALL, level, common))
@@ -351,8 +391,8 @@ def _language_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def _routed(number: int, run: Run, knowledge: Mapping[str, Sequence[str]], notes: list[tuple[str, str]]) -> Routed:
-    maps, facts = [], []
-    if run.source.state is not None:
+    maps, facts, draws = [], [], proposes(run)
+    if run.source.state is not None and draws:
         try:
             rebuilt = rebuild(run.source)
             maps = [cells(one) for one in heat_maps(rebuilt)]
@@ -362,7 +402,7 @@ def _routed(number: int, run: Run, knowledge: Mapping[str, Sequence[str]], notes
     mean = np.mean([(one.uniform, one.router) for one in facts], axis=0).tolist() if facts else [math.nan, math.nan]
     own = training_questions(run.source) is not None
     asked = "its training questions" if own else "one question of every topic and region (training questions not found)"
-    return Routed(number, maps, facts, (mean[0], mean[1]), asked, movement(run))
+    return Routed(number, maps, facts, (mean[0], mean[1]), asked, movement(run), draws)
 
 
 def _samples(
@@ -439,6 +479,10 @@ def arrow(both: Ends, digits: int = 3) -> str:
     """From the first to the last; a dash where there is neither."""
     first, last = number_text(both.first, digits), number_text(both.last, digits)
     return last if first == last == "–" else f"{first} → {last}"
+
+
+def _router_name(run: Run) -> str:
+    return str(run.settings().get("router.name", "not known")) if proposes(run) else "none, the policy chose"
 
 
 def _last(run: Run, key: str) -> str:

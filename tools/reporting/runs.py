@@ -27,8 +27,8 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A run. train, validation: records of metrics.jsonl by step. samples: by language, the first and the last
-    rollouts that were written as text. notes: what is missing or was left out, in sentences."""
+    """A run. train, validation, evaluation: records of metrics.jsonl by step. samples: by language, the first and the
+    last rollouts that were written as text. notes: what is missing or was left out, in sentences."""
 
     name: str
     path: Path
@@ -37,6 +37,7 @@ class Run:
     samples: dict[str, list[Record]]
     source: Source
     notes: list[str] = field(default_factory=list)
+    evaluation: list[Record] = field(default_factory=list)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -47,12 +48,16 @@ class Run:
 
     def series(self, key: str, validation: bool = False) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps and values [N] of one metric over the records; NaN where a record has no finite value."""
-        records = self.validation if validation else self.train
-        return np.array([r["step"] for r in records], float), np.array([_number(r.get(key)) for r in records], float)
+        return series_of(self.validation if validation else self.train, key)
 
     def settings(self) -> dict[str, Any]:
         """Its configuration, flat; empty where it left none."""
         return {} if self.source.config is None else dict(_flat(OmegaConf.to_container(self.source.config[1])))
+
+
+def series_of(records: Sequence[Record], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values [N] of one metric over the records; NaN where a record has no finite value."""
+    return np.array([r["step"] for r in records], float), np.array([_number(r.get(key)) for r in records], float)
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -62,9 +67,10 @@ def read_run(path: Path, name: str) -> Run:
     notes: list[str] = []
     if not any((path / one).exists() for one in (LOG, ROLLOUTS, "config.yaml", "checkpoints", "model.nemo")):
         raise ReportError(f"{path}: no run directory; it has neither {LOG} nor config.yaml nor checkpoints/.")
-    train, validation = _metrics(path / LOG, notes)
+    records = _metrics(path / LOG, notes)
     samples = _samples(path / ROLLOUTS, notes)
-    return Run(name, path, train, validation, samples, _source(path, train, notes), notes)
+    source = _source(path, records["train"], notes)
+    return Run(name, path, records["train"], records["validation"], samples, source, notes, records["evaluation"])
 
 
 def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
@@ -88,11 +94,11 @@ def read_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
         raise ReportError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
-def _metrics(path: Path, notes: list[str]) -> tuple[list[Record], list[Record]]:
-    kinds: dict[str, list[Record]] = {"train": [], "validation": []}
+def _metrics(path: Path, notes: list[str]) -> dict[str, list[Record]]:
+    kinds: dict[str, list[Record]] = {"train": [], "validation": [], "evaluation": []}
     if not path.exists():
         notes.append(f"It has no {path.name}: no step has ended yet.")
-        return kinds["train"], kinds["validation"]
+        return kinds
     for number, record in read_lines(path, notes):
         if not math.isfinite(_number(record.get("step"))):
             raise ReportError(f"{path}:{number}: has no 'step'; expected lines as nemo_lrpo.train writes them.")
@@ -107,7 +113,7 @@ def _metrics(path: Path, notes: list[str]) -> tuple[list[Record], list[Record]]:
         if lost:
             which = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
             notes.append(f"{key} is missing or not finite in {len(lost)} of {len(train)} steps ({which}).")
-    return train, kinds["validation"]
+    return kinds
 
 
 def _samples(path: Path, notes: list[str]) -> dict[str, list[Record]]:

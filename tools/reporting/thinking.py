@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tools.reporting.charts import Series
 from tools.reporting.runs import Run
 
 PREFIX = "explang"
@@ -47,6 +49,27 @@ def thinking_languages(runs: Sequence[Run]) -> list[str]:
     return sorted({key.removeprefix(start) for key in keys} - set(_GROUPS))
 
 
+def in_explang(run: Run) -> bool:
+    """Whether it is a run in mode=explang."""
+    logged = any(key.startswith(f"{PREFIX}/") for record in (*run.train, *run.validation) for key in record)
+    return logged or run.settings().get("mode.name") == PREFIX
+
+
+def proposes(run: Run) -> bool:
+    """Whether its router has a say: in mode=explang only with forced rollouts."""
+    forced = run.settings().get("mode.forced_rollouts") or np.nansum(run.series(f"{PREFIX}/forced")[1])
+    return not in_explang(run) or bool(forced)
+
+
+def chosen(run: Run, key: str, validation: bool = False) -> Series:
+    """Steps and values [N] of a metric selected.../<language>: a record that says what was chosen and does not name the
+    language has chosen it never; NaN in records that say nothing of it."""
+    records = run.validation if validation else run.train
+    steps, values = run.series(key, validation)
+    says = [any(name.startswith(f"{PREFIX}/selected/") for name in record) for record in records]
+    return steps, np.where(np.array(says, bool) & np.isnan(values), 0.0, values)
+
+
 def thinking_rows(run: Run) -> list[Thinking]:
     """A row for each language, and for the seen and the unseen ones; empty for a run in another mode."""
     languages = thinking_languages([run])
@@ -64,7 +87,7 @@ def _row(run: Run, name: str) -> Thinking:
     return Thinking(name, *shares, facts)
 
 
-def _share(run: Run, key: str, steps: np.ndarray) -> float:
-    """Mean over `steps`; a step that does not name the language has chosen it never."""
-    values = np.nan_to_num(run.series(f"{PREFIX}/{key}")[1][steps])
-    return float(values.mean()) if len(values) else float("nan")
+def _share(run: Run, key: str, steps: NDArray[np.bool_]) -> float:
+    """Mean over those of `steps` in which any language could be chosen."""
+    values = chosen(run, f"{PREFIX}/{key}")[1][steps]
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
