@@ -119,8 +119,8 @@ def prepare(options: argparse.Namespace) -> Card:
 
 
 def counted(source: Source, card: Card, options: argparse.Namespace) -> Iterator[Example | Rejected]:
-    """The rows of one source, counted, with a bar; too long ones rejected."""
-    for row in tqdm(source, desc=f"reading {source.path.name}", unit="row", mininterval=0.5):
+    """The rows of one source, counted; too long ones rejected."""
+    for row in source:
         card.read[source.layout] += 1
         if isinstance(row, Example):
             for name, limit in (("question", options.max_question), ("reference", options.max_reference)):
@@ -242,7 +242,8 @@ def test_questions(kind: str, path: Path) -> Iterator[tuple[str, str]]:
         for prompt in read_prompts(path, sorted(LANGUAGES)):
             yield f"{path}: {prompt.question_id}", prompt.question
     else:
-        for number, question in enumerate(questions(kind, path, None)):
+        remedy = f"name the file, or its directory, for its language, such as {kind}_de{path.suffix}"
+        for number, question in enumerate(questions(kind, path, None, remedy)):
             yield f"{path}: question {number}, {question.language}", question.text
 
 

@@ -49,13 +49,16 @@ class Question:
     answer: int | None = None
 
 
-def questions(kind: str, path: Path, language: str | None) -> Iterator[Question]:
-    """All questions of a task of `kind` below `path`, in order (files by name). Raises DataError."""
+def questions(
+    kind: str, path: Path, language: str | None, remedy: str = "set the task's `language`"
+) -> Iterator[Question]:
+    """All questions of a task of `kind` below `path`, in order (files by name). remedy: what to do where neither
+    `language` nor a file says its language, in the words of the caller's options. Raises DataError."""
     read = _READERS[kind]
     for file in files_below(path):
-        own = language or language_of(file, path)
+        own = language or language_of(file, path, remedy)
         for number, (where, fields) in enumerate(rows_of(file)):
-            yield read(_TaskRow(where, fields, own), number)
+            yield read(_TaskRow(where, fields, own, remedy), number)
 
 
 def rows_of(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -80,7 +83,7 @@ def files_below(path: Path) -> list[Path]:
     raise DataError(f"{path}: holds no file of questions; accepted: {', '.join(SUFFIXES)}.")
 
 
-def language_of(file: Path, root: Path) -> str | None:
+def language_of(file: Path, root: Path, remedy: str = "give `language`") -> str | None:
     """The language that a file's name says, else that of its directories, the last one `root` or the file's own.
 
     A name says one as a whole, by an English name among its words, or by a code as its last word. None where none does.
@@ -97,22 +100,23 @@ def language_of(file: Path, root: Path) -> str | None:
         if len(found) == 1:
             return found.pop()
         if found:
-            raise DataError(f"{file}: {name!r} names several languages ({', '.join(sorted(found))}); give `language`.")
+            raise DataError(f"{file}: {name!r} names several languages ({', '.join(sorted(found))}); {remedy}.")
     return None
 
 
 class _TaskRow(Row):
-    """A row of a file whose name says `file_language`, or nothing."""
+    """A row of a file whose name says `file_language`, or nothing; remedy: see `questions`."""
 
-    def __init__(self, where: str, fields: Mapping[str, Any], file_language: str | None) -> None:
+    def __init__(self, where: str, fields: Mapping[str, Any], file_language: str | None, remedy: str) -> None:
         super().__init__(where, fields)
         self._file_language = file_language
+        self._remedy = remedy
 
     def language(self) -> str:
         """That of the row, where it says one, else that of the file."""
         if self.get("language") is None:
             if self._file_language is None:
-                self.refuse("language", "is missing, and the file's name says none; set the task's `language`")
+                self.refuse("language", f"is missing, and the file's name says none; {self._remedy}")
             return self._file_language
         name = self.required_text("language")
         code = _NAMES.get(name.casefold()) or language_code(name)

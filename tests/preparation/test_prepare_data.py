@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from nemo_lrpo.data.reader import read_prompts
 from tools.preparation.labels import REGIONS, TOPICS, EncoderLabeller, LabelNames
 from tools.preparation.neighbours import ContainedTests, NearDuplicates, grams, jaccard
-from tools.preparation.sources import Example
+from tools.preparation.sources import Example, Source
 from tools.preparation.writing import stratified
 from tools.prepare_data import main
 
@@ -42,6 +42,9 @@ ANSWERS = {
     "de": "Das hängt davon ab, wo man lebt und wen man fragt.",
     "en": "That depends on where you live, and on whom you ask about it.",
 }
+
+
+NAN = float("nan")
 
 
 def helpsteer(question: str, answer: str, language: str, **changes: Any) -> dict[str, Any]:
@@ -166,11 +169,15 @@ def test_what_is_not_taken_is_listed_with_its_reason(good: Path, endpoint: ChatE
 
 
 @pytest.mark.parametrize("suffix", ["json", "parquet"])
-def test_care_gives_the_best_rated_response_of_each_question(suffix: str, tmp_path: Path) -> None:
+def test_care_gives_the_best_rated_response_of_each_question(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second, third, _ = QUESTIONS["de"]
     rows = [
-        {"question": first, "response": "Gar nicht.", "human_rating": 3, "source": "x"},
+        {"question": first, "response": "Ohne jede Wertung.", "human_rating": NAN, "source": "x"},
+        {"question": first, "response": "Gar nicht.", "human_rating": 3.0, "source": "x"},
         {"question": first, "response": "Mit einer Verbeugung, die Respekt zeigt.", "human_rating": 9, "source": "y"},
+        {"question": first, "response": "Auch so, nur später gesagt.", "human_rating": 9, "source": "z"},
         {"question": second, "response": "Das weiß niemand so genau.", "human_rating": 5, "source": "x"},
         {"question": third, "response": "Kurz und freundlich.", "human_rating": 10, "source": "human"},
     ]
@@ -182,12 +189,41 @@ def test_care_gives_the_best_rated_response_of_each_question(suffix: str, tmp_pa
         pq.write_table(pa.Table.from_pylist(rows), path)
     encoder = build_tiny_encoder(tmp_path / "encoder")
     rejected = run(tmp_path / "out", "--source", f"care={path}", "--label-encoder", encoder, "--validation", 0)
-    assert [row["reason"] for row in rejected] == ["rated too low"]
+    word = "entry" if suffix == "json" else "row"
+    assert {row["where"].rpartition(f"{word} ")[2]: (row["reason"], row["detail"]) for row in rejected} == {
+        "0": ("not readable", f"human_rating is {NAN!r}; accepted: a number from 1 to 10."),
+        "1": ("not the best rated", f"3; {path}, {word} 2 has 9"),
+        "3": ("not the best rated", f"9; {path}, {word} 2 has 9"),
+        "4": ("rated too low", "best of its responses: 5"),
+    }
+    assert "| care | 6 | 4 | 2 |" in (tmp_path / "out" / "card.md").read_text(encoding="utf-8")
+    # The list of a JSON file is read as a whole, a parquet file says how long it is.
+    shown = capsys.readouterr().err
+    assert f"reading {path.name}" in shown and ("6/6" in shown) == (suffix == "parquet")
     prompts = read_prompts(tmp_path / "out" / "train.parquet", ["de", "en"])
     assert {prompt.question: prompt.reference for prompt in prompts} == {
         first: "Mit einer Verbeugung, die Respekt zeigt.",
         third: "Kurz und freundlich.",
     }
+
+
+def test_an_answer_of_its_own_is_taken_once(tmp_path: Path) -> None:
+    rows = [{"question": "Q?", "response": x, "rating": 9} for x in "ab"]
+    rows[1:1] = [{"question": "Q?", "response": x, "answer": "A", "rating": 1} for x in "cd"]
+    path = write_lines(tmp_path / "care.jsonl", rows)
+    found = list(Source("care", path, min_preference=1, min_rating=8.0))
+    assert [getattr(one, "reason", "") for one in found] == [
+        *("not the best rated", "the same question", "not the best rated", ""),
+    ]
+    taken = found[-1]
+    assert isinstance(taken, Example) and taken.reference == "A" and taken.where.endswith("line 2")
+
+
+def test_a_test_file_that_says_no_language_is_refused_by_what_to_name_it(good: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test.tsv"
+    test.write_text("Wie viele?\t4\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"test\.tsv, line 1: language is missing.* such as mgsm_de\.tsv"):
+        run(tmp_path / "out", "--source", f"helpsteer3={good}", "--test", f"mgsm={test}")
 
 
 def test_a_source_is_believed_unless_the_identifier_is_sure(tmp_path: Path) -> None:

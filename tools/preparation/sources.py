@@ -10,10 +10,15 @@ training     the training layout itself (nemo_lrpo/data/reader.py)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.languages import language_code
@@ -56,14 +61,15 @@ def rejected(example: Example, reason: str, detail: str = "") -> Rejected:
 
 @dataclass
 class _Rated:
-    """The best rated response to a question of CARE so far."""
+    """A response to a question of CARE; rating: infinite where its reference is an answer of its own."""
 
     rating: float
     example: Example
 
 
 class Source:
-    """One source; iterating gives an Example or a Rejected for each row, or for each question of CARE."""
+    """One source; iterating gives an Example or a Rejected for each row, those of CARE's best responses last, and shows
+    a bar."""
 
     def __init__(self, layout: str, path: Path, *, min_preference: int, min_rating: float):
         """Raises DataError where there is no file to read."""
@@ -76,34 +82,46 @@ class Source:
             raise DataError(f"{path}: no file of rows; accepted: {', '.join(SUFFIXES)}, or a directory of such files.")
 
     def __iter__(self) -> Iterator[Example | Rejected]:
-        bad: list[Rejected] = []
-
-        def note(error: DataError) -> None:
-            where, _, detail = str(error).partition(": ")
-            bad.append(Rejected(self.layout, where, "not readable", detail))
-
-        read = _READERS[self.layout]
         rated: dict[str, _Rated] = {}
-        for file in self._files:
-            for where, fields in _rows(file, note):
-                yield from _drained(bad)
-                try:
-                    found = read(self, Row(where, fields))
-                except DataError as error:
-                    yield Rejected(self.layout, where, "not readable", str(error).removeprefix(f"{where}: "))
-                    continue
-                if isinstance(found, _Rated):
-                    best = rated.get(found.example.question)
-                    if best is None or found.rating > best.rating:
-                        rated[found.example.question] = found
-                else:
+        with tqdm(desc=f"reading {self.path.name}", total=self._count(), unit="row", mininterval=0.5) as bar:
+            for found in self._found(bar.update):
+                if not isinstance(found, _Rated):
                     yield found
-        yield from _drained(bad)
+                    continue
+                best = rated.setdefault(found.example.question, found)
+                if best is not found:
+                    better, other = (found, best) if found.rating > best.rating else (best, found)
+                    rated[found.example.question] = better
+                    yield _passed_over(other, better)
         for one in rated.values():
             if one.rating < self._min_rating:
                 yield rejected(one.example, "rated too low", f"best of its responses: {one.rating:g}")
             else:
                 yield one.example
+
+    def _found(self, on_row: Callable[[], object]) -> Iterator[Example | Rejected | _Rated]:
+        bad: list[Rejected] = []
+
+        def note(error: DataError) -> None:
+            where, _, detail = str(error).partition(": ")
+            bad.append(Rejected(self.layout, where, "not readable", detail))
+            on_row()
+
+        read = _READERS[self.layout]
+        for file in self._files:
+            for where, fields in _rows(file, note):
+                on_row()
+                yield from _drained(bad)
+                try:
+                    yield read(self, Row(where, fields))
+                except DataError as error:
+                    yield Rejected(self.layout, where, "not readable", str(error).removeprefix(f"{where}: "))
+        yield from _drained(bad)
+
+    def _count(self) -> int | None:
+        """Rows in all; None where a file does not say before it is read as a whole."""
+        counts = [_row_count(file) for file in self._files]
+        return None if None in counts else sum(count or 0 for count in counts)
 
     def helpsteer3(self, row: Row) -> Example | Rejected:
         turns = row.required("context")
@@ -136,9 +154,12 @@ class Source:
         field = "rating" if row.get("human_rating") is None else "human_rating"
         rating = row.required(field)
         try:
-            return _Rated(float(rating), example)
-        except (TypeError, ValueError):
+            value = float(rating)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value):
             row.refuse(field, f"is {rating!r}; accepted: a number from 1 to 10")
+        return _Rated(value, example)
 
     def lrpo(self, row: Row) -> Example:
         return Example(
@@ -179,6 +200,27 @@ def _rows(file: Path, note: Callable[[DataError], None]) -> Iterator[tuple[str, 
     if file.suffix == ".parquet":
         return parquet_rows(file)
     return json_lines(file, note) if file.suffix == ".jsonl" else json_rows(file)
+
+
+def _row_count(file: Path) -> int | None:
+    try:
+        if file.suffix == ".parquet":
+            with pq.ParquetFile(file) as opened:
+                return opened.metadata.num_rows
+        if file.suffix == ".jsonl":
+            with file.open("rb") as lines:
+                return sum(not line.isspace() for line in lines)
+    except (pa.ArrowException, OSError):
+        # Reading it says what is wrong.
+        return None
+    return None
+
+
+def _passed_over(one: _Rated, better: _Rated) -> Rejected:
+    if math.isinf(one.rating):
+        return rejected(one.example, "the same question", f"its answer is taken from {better.example.where}")
+    taken = "an answer of its own" if math.isinf(better.rating) else f"{better.rating:g}"
+    return rejected(one.example, "not the best rated", f"{one.rating:g}; {better.example.where} has {taken}")
 
 
 def _drained(bad: list[Rejected]) -> Iterator[Rejected]:

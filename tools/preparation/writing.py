@@ -106,7 +106,7 @@ class Card:
 
     command: str
     read: Counter[str] = field(default_factory=Counter)
-    """Rows (of CARE: questions) by source."""
+    """Rows by source."""
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By source and reason."""
     splits: dict[str, list[Example]] = field(default_factory=dict)
