@@ -123,6 +123,8 @@ def _evaluate(config: EvaluateConfig, stop: Stop, starts: Starts) -> int | None:
         answers = dict(file.kept)
         wanted = sum(len(suite.draws(task)) for task in suite.tasks)
         if len(answers) < wanted:
+            # Told here too, since what follows may take hours.
+            _tell_what_differs(config)
             starts.begin(len(answers), main=is_main_process(os.environ))
             if reason := _answer_the_rest(config, checkpoint, renderer, suite, file, answers, stop, starts):
                 if is_main_process(os.environ):
@@ -224,9 +226,8 @@ def _write_result(
     for result in results:
         # Of the file that is given by evaluation.data, with the names that a step's metrics have.
         flat |= result.metrics if result.task.name == TEST else result.flat()
+    _tell_what_differs(config)
     if is_main_process(os.environ):
-        for name, trained, here in _unlike_the_run(config):
-            print(f"Note: {name} was {trained!r} in the run of this checkpoint; here it is {here!r}.", flush=True)
         tree = {
             "model": config.pretrained_checkpoint.restore_from_path,
             "checkpoint": None if checkpoint is None else str(checkpoint.path),
@@ -359,6 +360,15 @@ def _dependencies(
         if task.name in services:
             own[f"the scorer of {name}"] = _digest(services[task.name].identity())
     return own
+
+
+def _tell_what_differs(config: EvaluateConfig) -> None:
+    """The main rank prints how this differs from the run of its checkpoint."""
+    from nemo_lrpo.training.stopping import is_main_process
+
+    if is_main_process(os.environ):
+        for name, trained, here in _unlike_the_run(config):
+            print(f"Note: {name} was {trained!r} in the run of this checkpoint; here it is {here!r}.", flush=True)
 
 
 def _unlike_the_run(config: EvaluateConfig) -> list[tuple[str, object, object]]:

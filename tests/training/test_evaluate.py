@@ -170,8 +170,11 @@ def test_answers_that_are_there_are_not_asked_again(
     asked = len(judge.prompts)
     # A job that gets no further is not started for ever.
     over = {"SLURM_JOB_END_TIME": "1000000000"}
-    _, text = evaluate(out, expect=79, environment=over, trainer__lrpo__stop__no_progress_limit=1, **run)
+    limited = {**run, "trainer__lrpo__stop__no_progress_limit": 1, "data__languages": "[de,ja]"}
+    _, text = evaluate(out, expect=79, environment=over, **limited)
     assert f"Stopped by the job's time limit: {len(lines) - 1} of {len(lines)} answers are kept" in text
+    # Said before anything is answered.
+    assert 0 <= text.find("Note: data.languages was ['de', 'en', 'ja'] in the run of this") < text.find("Stopped by")
     assert f"NoProgress: 1 starts in a row have not added to the {len(lines) - 1} answers" in text
     tree, _ = evaluate(out, **run)
     assert tree == json.loads(of_checkpoint.read_text(encoding="utf-8"))
@@ -181,7 +184,7 @@ def test_answers_that_are_there_are_not_asked_again(
     # Now all are there.
     _, text = evaluate(out, data__languages="[de,ja]", **run)
     assert len(judge.prompts) == asked + 1 and "answers, mean accuracy" in text
-    assert "data.languages was ['de', 'en', 'ja'] in the run of this checkpoint" in text
+    assert text.count("data.languages was ['de', 'en', 'ja'] in the run of this checkpoint") == 1
     _, text = evaluate(out, expect=1, evaluation__temperature=0.5, **run)
     assert re.search(r"ConfigError: .*killed\.jsonl holds answers that differ in evaluation\.temperature", text)
     assert "evaluation.overwrite=true" in text and "Traceback" not in text
