@@ -83,6 +83,15 @@ def test_shipped_evaluation_configurations_are_valid(name: str, paths: dict[str,
     assert (config.evaluation.temperature, config.evaluation.samples) == (1.0, 1)
 
 
+def test_the_evaluation_of_the_demo_of_explang_is_valid(paths: dict[str, str], tmp_path: Path) -> None:
+    own = {"evaluation.tasks.sums.path": paths["data.train"], "evaluation.out": str(tmp_path / "out.json")}
+    own |= {name: paths[name] for name in ("pretrained_checkpoint.restore_from_path", "reward.endpoint_file")}
+    config = load_evaluate_config(compose("demo_explang_evaluate", overrides(own)))
+    training = load_train_config(compose("demo_explang", overrides(paths)))
+    assert (config.mode, config.rollout, config.prompt) == (training.mode, training.rollout, training.prompt)
+    assert config.evaluation.data is None and config.evaluation.temperature == 0.0
+
+
 def offline(paths: dict[str, str], **changes: str) -> list[str]:
     """Overrides of a training over pairs, of the same files."""
     names = ("run_dir", "pretrained_checkpoint.restore_from_path", "data.train")
@@ -189,6 +198,7 @@ def test_every_shipped_file_is_covered() -> None:
         "train_sft",
         "demo_sft",
         "demo_explang",
+        "demo_explang_evaluate",
     }
 
 
