@@ -107,6 +107,7 @@ def set_up(config: SupervisedConfig, tree: DictConfig, stop: Stop, starts: Start
     from nemo_lrpo.actor.tokenizer import open_tokenizer
     from nemo_lrpo.actor.watchdog import Watchdog
     from nemo_lrpo.data.prompts import PromptRenderer
+    from nemo_lrpo.explang.format import prefill
     from nemo_lrpo.explang.traces import examples_of, languages_of, read_traces
     from nemo_lrpo.training.checkpoint import open_store
     from nemo_lrpo.training.stopping import is_main_process
@@ -117,10 +118,8 @@ def set_up(config: SupervisedConfig, tree: DictConfig, stop: Stop, starts: Start
     traces = read_traces(str(config.data.train), config.marks)
     held_out = read_traces(config.data.validation, config.marks) if config.data.validation else []
     tokenizer = open_tokenizer(str(config.pretrained_checkpoint.restore_from_path))
-    renderer = PromptRenderer(tokenizer, config.prompt)
-    examples, validation = (
-        examples_of(some, tokenizer, renderer, config.marks, config.data) for some in (traces, held_out)
-    )
+    renderer = PromptRenderer(tokenizer, config.prompt, prefill(config.marks))
+    examples, validation = (examples_of(some, tokenizer, renderer, config.data) for some in (traces, held_out))
     total_steps = planned_steps(config, len(examples))
     sizes = {"tensor": model["tensor_model_parallel_size"], "pipeline": model["pipeline_model_parallel_size"]}
     state: dict[str, Any] = {

@@ -111,6 +111,25 @@ class PromptRenderer:
         """What an answer of `text` is made of, without special tokens."""
         return self._ids(text)
 
+    def response(self, routed: RoutedPrompt, text: str) -> TokenIds:
+        """What a response of `text` to `routed` is made of, without special tokens: its ids where it stands behind the
+        prompt, and where `routed` has a `thinking` language those that are prefilled for it come first.
+
+        Raises ConfigError where the tokenizer joins its beginning with what stands around it, so that it has others.
+        """
+        prompt = self.text(routed.prompt.question, routed.language)
+        own, whole = self._ids(prompt), self._ids(prompt + text)
+        tail: TokenIds = ()
+        if routed.thinking is not None:
+            tail = self._tail(routed.thinking)
+        if whole[: len(own)] != own or whole[len(own) : len(own) + len(tail)] != tail:
+            raise ConfigError(
+                f"the tokenizer joins the end of the chat template with the response {text[:40]!r}, or the beginning "
+                "of the response with what follows it, so that the policy would write it in other tokens. Give another "
+                "prompt.chat_template, or other marks."
+            )
+        return whole[len(own) :]
+
     def decoded(self, text: str) -> str:
         """`text` as it comes back when it was an answer of the policy: without special tokens."""
         return self._tokenizer.decode(
@@ -184,7 +203,7 @@ class PromptRenderer:
                 raise ConfigError(
                     f"a response cannot be made to begin with {text!r}: the tokenizer joins its ends with the chat "
                     "template before it or the thinking block after it, so that the policy would begin it with other "
-                    "tokens. Give other mode.marks."
+                    "tokens. Give other marks: mode.marks, in the cold start marks."
                 )
             self._tails[language] = whole[len(own) :]
         return self._tails[language]

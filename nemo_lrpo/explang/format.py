@@ -20,6 +20,7 @@ from enum import Enum
 
 from nemo_lrpo.config.checks import ConfigError
 from nemo_lrpo.config.explang import MarksConfig
+from nemo_lrpo.data.prompts import Prefill
 
 # White space; soft hyphen, Arabic letter mark, zero-width space, direction marks and embeddings, word joiner, isolates,
 # byte order mark. Bounded by what follows, so that a match takes time linear in the gap.
@@ -101,6 +102,11 @@ def forced(language: str, marks: MarksConfig) -> str:
     """What an output is prefilled with to force `language`: the beginning of every output that `render` makes of it, up
     to the thinking block. The line's end belongs to it: many tokenizers have it in one token with the mark before."""
     return f"{tag(language, marks)}\n"
+
+
+def prefill(marks: MarksConfig) -> Prefill:
+    """What makes the policy think in a language."""
+    return Prefill(lambda language: forced(language, marks), marks.thinking_open)
 
 
 def check_marks(marks: MarksConfig, languages: Collection[str], decoded: Callable[[str], str]) -> None:

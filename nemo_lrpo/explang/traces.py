@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.languages import LANGUAGES
 from nemo_lrpo.data.prompts import PromptRenderer
 from nemo_lrpo.data.rows import Row, json_lines
-from nemo_lrpo.explang.format import parse, tag
+from nemo_lrpo.explang.format import forced, parse
 from nemo_lrpo.types import ORIGIN_FIXED, Example, Prompt, RoutedPrompt
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class Trace:
 
 def read_traces(path: str | Path, marks: MarksConfig) -> list[Trace]:
     """The traces of a JSONL file, in order. Raises DataError, naming file, line and field, at the first row whose
-    response is not whole by `marks`, or chooses another language than the row says."""
+    response is not whole by `marks`, chooses another language than the row says, or does not begin as one does that is
+    made to think in it."""
     traces = [_TraceRow(where, fields).trace(marks) for where, fields in json_lines(Path(path))]
     if not traces:
         raise DataError(f"{path}: no rows; at least one trace is needed (tools/make_traces.py makes them).")
@@ -68,6 +69,9 @@ class _TraceRow(Row):
             self.refuse("response", f"is no whole output by the marks of explang.marks: {parsed.defect.value}")
         if parsed.language != trace.language:
             self.refuse("response", f"chooses {parsed.language!r}, but language is {trace.language!r}")
+        begins = forced(trace.language, marks) + marks.thinking_open
+        if not trace.response.startswith(begins):
+            self.refuse("response", f"begins with {trace.response[: len(begins)]!r}; accepted: {begins!r}")
         return trace
 
     def _language(self, field: str) -> str:
@@ -81,13 +85,14 @@ def examples_of(
     traces: Sequence[Trace],
     tokenizer: PreTrainedTokenizerBase,
     renderer: PromptRenderer,
-    marks: MarksConfig,
     config: TraceDataConfig,
 ) -> list[Example]:
     """The traces as token ids, in order: the prompt that training by reward will have, the response, the end token.
 
-    The tag is tokenised by itself, as where it is prefilled. Raises DataError for a trace whose tokens do not read back
-    as its text (a mark that is a special token is lost), and for those longer than max_tokens, by over_long.
+    A response has the ids with which the policy writes it behind the prompt; its first ones are those that `renderer`,
+    which has a prefill, puts there to make the policy think in the language. Raises ConfigError where the tokenizer
+    allows no such beginning; DataError for a trace whose tokens do not read back as its text (a mark that is a special
+    token is lost), and for those longer than max_tokens, by over_long.
     """
     plan = []
     for trace in traces:
@@ -96,10 +101,9 @@ def examples_of(
         plan.append(RoutedPrompt(prompt, -1, 0, language, ORIGIN_FIXED, 1.0))
     examples = []
     for trace, prompt in zip(traces, renderer.render_all(plan), strict=True):
-        begins = tag(trace.language, marks)
-        ids = renderer.tokens_of(begins) + renderer.tokens_of(trace.response.removeprefix(begins))
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         name = f"trace {trace.question_id!r} in {trace.language!r}"
+        ids = renderer.response(replace(prompt.routed, thinking=trace.language), trace.response)
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if text != trace.response:
             raise DataError(
                 f"{name} does not survive the tokenizer: {text[:80]!r}; a mark may be one of its special tokens, which "

@@ -23,7 +23,7 @@ from nemo_lrpo.config.evaluation import OWN
 from nemo_lrpo.config.mode import EXPLANG, LRPO, ModeConfig
 from nemo_lrpo.data.prompts import Prefill
 from nemo_lrpo.explang.flags import outcomes_of
-from nemo_lrpo.explang.format import forced
+from nemo_lrpo.explang.format import prefill
 from nemo_lrpo.explang.metrics import outcome_metrics
 from nemo_lrpo.explang.rewards import assemble
 from nemo_lrpo.explang.stages import EXPLORATION, Stage, exploration_steps, stage_of
@@ -265,9 +265,7 @@ def build_mode(config: ModeConfig, total_steps: int, think_in: str | None = None
 
 def prefill_of(config: ModeConfig) -> Prefill | None:
     """How responses are made to think in a language; None in a mode that does not."""
-    if config.name != EXPLANG:
-        return None
-    return Prefill(lambda language: forced(language, config.marks), config.marks.thinking_open)
+    return prefill(config.marks) if config.name == EXPLANG else None
 
 
 def reward_column(plan: LanguagePlan, scores: Mapping[str, Score]) -> NDArray[np.float64]:

@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from merging_tokenizer import merging_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nemo_lrpo.config.checks import ConfigError
@@ -214,16 +215,7 @@ def test_room_is_left_for_what_is_prefilled(tokenizer: PreTrainedTokenizerFast) 
 
 @pytest.mark.parametrize(("text", "holds"), [("<a>{}</a>\n", True), ("<a>{}</a>", False)])
 def test_a_prefill_that_joins_what_follows_is_refused(text: str, holds: bool) -> None:
-    """As Qwen and Llama 3 split words: punctuation and the line's end after it are one, and here one token."""
-    words = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\p{L}+|\s+|\p{N}+"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(["<a>x</a>\n<b>\ny"] * 9, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=TEMPLATE)
+    tokenizer = merging_tokenizer(["<a>x</a>\n<b>\ny"], TEMPLATE)
     renderer = PromptRenderer(tokenizer, PromptConfig(), Prefill(text.format, "\n<b>" if not holds else "<b>"))
     if holds:
         assert renderer.render(thinking(prompt(), "de")).prefilled == "<a>de</a>\n"

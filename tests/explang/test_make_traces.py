@@ -184,6 +184,7 @@ def test_a_row_that_would_not_be_read_back_is_named(tmp_path: Path) -> None:
     file = tmp_path / "traces.jsonl"
     for change, words in (
         ({"response": good(0, "de").replace("</think>", "")}, "line 2: response is no whole output .*not_closed"),
+        ({"response": good(0, "de").replace(">\n<", "><")}, "line 2: response begins with .*; accepted: .*think>'"),
         ({"language": "ja"}, "line 2: response chooses 'de', but language is 'ja'"),
         ({"question_language": "German"}, "line 2: question_language 'German' is not a known language"),
         ({"question": None}, "line 2: question is missing"),
