@@ -265,7 +265,9 @@ def open_rewards(config: EvaluateConfig, tasks: Sequence[Task], rooms: ExitStack
     if not asked:
         return None
     rewards = rooms.enter_context(closing(RewardClient(config.reward)))
-    rewards.check_server(sorted({language for task in asked for language in task.languages} | _forced(config)))
+    answered = {language for task in asked for language in task.languages}
+    chosen = config.mode.thought_in if config.evaluation.think_in is None else []
+    rewards.check_server(sorted(answered | _forced(config)), chosen)
     return rewards
 
 

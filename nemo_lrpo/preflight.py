@@ -218,7 +218,7 @@ def _check_rewards(config: TrainConfig, findings: Findings, wait: bool) -> None:
         findings.add("reward server", SKIP, f"not up: no {absent[0]}")
         return
     with findings.checking("reward server", RewardError, ConfigError), closing(RewardClient(config.reward)) as client:
-        client.check_server(config.data.languages)
+        client.check_server(config.data.languages, config.mode.thought_in)
         identity = client.wait_until_ready(1.0)
         build_mode(config.mode, total_steps=0).check_service(identity)
         encoder = identity.get("encoder") or "none"

@@ -109,7 +109,8 @@ def set_up(config: TrainConfig, stop: Stop, starts: Starts, rooms: ExitStack) ->
         check_resumable(checkpoint, config.seed, router.languages, sampler.state_dict(), mode.name)
     rewards = rooms.enter_context(closing(RewardClient(config.reward)))
     asked = {language for task in tasks if task.verifier == REWARD for language in task.languages}
-    rewards.check_server([*config.data.languages, *sorted(asked - set(config.data.languages))])
+    answered = [*config.data.languages, *sorted(asked - set(config.data.languages))]
+    rewards.check_server(answered, config.mode.thought_in)
     mode.check_service(rewards.identity())
     suite = None
     if tasks:

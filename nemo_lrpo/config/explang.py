@@ -84,7 +84,8 @@ class ExplangConfig:
     exploration: StageConfig = field(default_factory=_exploration)
     exploitation: StageConfig = field(default_factory=_exploitation)
     seen: List[str] = field(default_factory=_seen)
-    """Languages that the cold start has taught, ISO 639-1 codes; metrics keep the others apart."""
+    """Languages that the cold start has taught, ISO 639-1 codes; the reward server has to know them, and metrics
+    keep the others apart."""
 
     def check(self, key: str) -> None:
         """Raise ConfigError, naming the field, for a value that cannot train."""

@@ -23,6 +23,11 @@ class ModeConfig(ExplangConfig):
     router.reserved_slots count; the others think in one that the policy chooses. The router learns from r_c * r_v of
     the former. 0, as published: the policy chooses for all."""
 
+    @property
+    def thought_in(self) -> list[str]:
+        """Languages that the policy may choose to think in of its own accord, which what scores it has to know."""
+        return list(self.seen) if self.name == EXPLANG else []
+
     def check(self, key: str) -> None:
         """Raise ConfigError, naming the field, for a value that cannot train, or that `lrpo` has no use for."""
         check_choice(f"{key}.name", self.name, (LRPO, EXPLANG))

@@ -242,12 +242,12 @@ class RewardClient:
         """What the rewards depend on; see RewardScorer.identity. Waits for a server as check_server does."""
         return self.wait_until_ready(self._config.startup_timeout_s)
 
-    def check_server(self, languages: Sequence[str]) -> None:
+    def check_server(self, languages: Sequence[str], thinking: Sequence[str] = ()) -> None:
         """Wait for a server at most `startup_timeout_s`, then refuse servers that cannot serve this run. Replicas that
         cannot be reached yet are left out, with a warning.
 
         Raises RewardServerUnavailable, RewardRequestRefused, or RewardServerMismatch for another schema version,
-        missing `languages` (ISO 639-1), another encoder than `config.encoder`, a smaller request limit than the run
+        missing `languages` of answers or `thinking` blocks (ISO 639-1), another encoder than `config.encoder`, a smaller request limit than the run
         needs, or replicas that would not give the same rewards.
         """
         identity = self.wait_until_ready(self._config.startup_timeout_s)
@@ -259,11 +259,17 @@ class RewardClient:
                 if replica.connection is None:
                     log.warning("beginning without the reward server %s: %s", replica.where, replica.trouble)
         served = identity.get("languages")
-        missing = sorted(set(languages) - set(served if isinstance(served, list) else []))
-        if missing:
+        known = set(served if isinstance(served, list) else [])
+        if missing := sorted(set(languages) - known):
             raise RewardServerMismatch(
                 f"{self._fleet.identified} does not score {', '.join(missing)}, which data.languages or a task asks "
                 f"for; it scores {served}. Start it with languages=[...] that cover the run's."
+            )
+        if missing := sorted(set(thinking) - known):
+            raise RewardServerMismatch(
+                f"{self._fleet.identified} does not know {', '.join(missing)}, of mode.seen: a response that thinks in "
+                f"such a language would get no reward. It knows {served}: start it with languages=[...] that cover "
+                "mode.seen, or leave the language out of mode.seen."
             )
 
     def server_metrics(self, timeout_s: float = 5.0) -> dict[str, dict[str, float]]:

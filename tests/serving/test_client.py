@@ -181,6 +181,15 @@ def test_replicas_with_other_limits_on_texts_are_refused(connect: Callable[..., 
     connect([Server(limits={**same, "max_request_bytes": n}) for n in (10**6, 10**7)]).check_server(["de"])
 
 
+def test_a_server_that_does_not_know_what_the_policy_may_think_in_is_refused(
+    connect: Callable[..., RewardClient],
+) -> None:
+    client = connect([Server()])
+    client.check_server(["de"], ["ja"])
+    with pytest.raises(RewardServerMismatch, match=r"does not know th, of mode\.seen: .*languages=\[...\]"):
+        client.check_server(["de"], ["ja", "th"])
+
+
 @pytest.mark.parametrize("sample_id", ["a\ud800", "\udfffb"])
 def test_a_sample_id_without_a_form_on_the_wire_is_refused_by_name(
     connect: Callable[..., RewardClient], sample_id: str

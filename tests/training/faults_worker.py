@@ -50,7 +50,7 @@ class HashRewards:
     def __init__(self, config: object) -> None:
         pass
 
-    def check_server(self, languages: Sequence[str]) -> None:
+    def check_server(self, languages: Sequence[str], thinking: Sequence[str] = ()) -> None:
         pass
 
     def identity(self) -> dict[str, object]:
