@@ -185,10 +185,15 @@ def _next(requests: Iterator[Request], count: int, done: set[tuple[str, str | No
 def balanced(traces: Sequence[Trace], how: str, per_language: int, languages: Sequence[str]) -> list[Trace]:
     """At most `per_language` traces of each language; with how=equal, as many of each as the language with fewest has.
 
-    Raises DataError, naming it, where a language of `languages` has none.
+    Raises DataError, naming it, where a language of `languages` has none, and where there are none at all.
     """
     counts = Counter(trace.language for trace in traces)
     if how == "equal":
+        if not traces:
+            raise DataError(
+                "no trace is left in any language; rejected.jsonl and card.md say why. Ask more questions or another "
+                "teacher, or give --balance none if card.md is all that is wanted."
+            )
         empty = [language for language in languages if not counts[language]]
         if empty:
             raise DataError(
@@ -271,6 +276,7 @@ def run(options: argparse.Namespace) -> Collection:
         if options.replies is None:
             settings = {**teacher.identity(), "questions": _digest(prompts), "marks": asdict(marks)}
             ask = functools.partial(KeptReplies(options.out / "kept.jsonl", settings).replies, teacher)
+        prompts = teacher.fitting(prompts, languages)
         found = collect(
             ask,
             examiner,
@@ -302,7 +308,7 @@ def run(options: argparse.Namespace) -> Collection:
 def open_teacher(options: argparse.Namespace, marks: MarksConfig) -> Teacher:
     """The one that the command line names."""
     if options.replies is not None:
-        return FileTeacher(options.replies)
+        return FileTeacher(options.replies, options.samples)
     if options.nemo is not None:
         # Given as the user would: a path may have signs that mean something to Hydra.
         model = "pretrained_checkpoint.restore_from_path=" + json.dumps(str(options.nemo))

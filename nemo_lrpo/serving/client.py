@@ -247,8 +247,8 @@ class RewardClient:
         cannot be reached yet are left out, with a warning.
 
         Raises RewardServerUnavailable, RewardRequestRefused, or RewardServerMismatch for another schema version,
-        missing `languages` of answers or `thinking` blocks (ISO 639-1), another encoder than `config.encoder`, a smaller request limit than the run
-        needs, or replicas that would not give the same rewards.
+        missing `languages` of answers or `thinking` blocks (ISO 639-1), another encoder than `config.encoder`, a
+        smaller request limit than the run needs, or replicas that would not give the same rewards.
         """
         identity = self.wait_until_ready(self._config.startup_timeout_s)
         with self._changed:

@@ -16,7 +16,7 @@ from nemo_lrpo.config.explang import MarksConfig
 from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.explang.format import Defect, parse, render
 from nemo_lrpo.explang.traces import read_traces
-from tools.make_traces import main
+from tools.make_traces import balanced, main
 
 MARKS = MarksConfig()
 THINKING = {
@@ -112,6 +112,30 @@ def test_languages_are_balanced_to_the_one_that_has_fewest(questions: Path, tmp_
     with pytest.raises(SystemExit, match="DataError: no trace is left in ja; rejected.jsonl says why"):
         write_lines(file, [row for row in replies if row["language"] != "ja"])
         run(tmp_path / "without", questions, "--replies", file)
+
+
+def test_replies_that_nobody_asks_for_are_counted(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [("q0", "de"), ("q0", "de"), ("q1", "ko"), ("q9", "de"), ("q8", "de"), ("q0", "de")]
+    rows = [{"question_id": name, "language": language, "reply": good(0, "de")} for name, language in asked]
+    file = write_lines(tmp_path / "replies.jsonl", rows)
+    run(tmp_path / "out", questions, "--replies", file, "--balance", "none")
+    told = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    assert told == [
+        f"2 beyond --samples, the first: {file}, line 2, 'q0' in 'de'",
+        f"1 in no language of --thinking, the first: {file}, line 3, 'q1' in 'ko'",
+        f"2 to no question of --questions (and --limit), the first: {file}, line 4, 'q9' in 'de'",
+    ]
+    write_lines(file, rows[3:5])
+    with pytest.raises(SystemExit, match="DataError: .*none of the 2 replies can be used. 2 to no question .*'q9'"):
+        run(tmp_path / "none", questions, "--replies", file)
+
+
+def test_no_trace_at_all_is_balanced_to_a_plain_message() -> None:
+    with pytest.raises(DataError, match="no trace is left in any language; .*--balance none"):
+        balanced([], "equal", 500, [])
+    assert balanced([], "none", 500, []) == []
 
 
 class Endpoint(BaseHTTPRequestHandler):

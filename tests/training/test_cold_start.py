@@ -127,15 +127,19 @@ def test_a_local_model_is_a_teacher(starter: Starter, tiny_nemo: Path, tmp_path:
     """A random one has nothing to teach, but is asked as a policy is: behind its own choice of language."""
     question = {"question": "What is 1 plus 1?", "answer": "2", "ability": "Reasoning / Logic"}
     rows = [{**question, "extra_info": {"id": f"q{number}", "language": "en"}} for number in range(3)]
+    rows.append(
+        {**rows[0], "question": "What is 1" + " plus 1" * 90 + "?", "extra_info": {"id": "q3", "language": "en"}}
+    )
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     common = ["--questions", tmp_path / "questions.jsonl", "--nemo", tiny_nemo, "--config", "demo_evaluate"]
     out = tmp_path / "out"
     arguments = [*common, "--thinking", "de,ja", "--ask", "tag", "--balance", "none", "--out", out]
-    overrides = ["rollout.max_new_tokens=6", "rollout.micro_batch_size=4"]
+    overrides = ["rollout.max_new_tokens=6", "rollout.micro_batch_size=4", "prompt.over_long=drop"]
     log = tmp_path / "log"
     log.touch()
     started = starter([*map(str, arguments), *overrides], log, entry="tools.make_traces")
     assert started.wait() == [0], started.text
+    assert "1 of 4 questions are longer than prompt.max_tokens" in started.text and "'q3'" in started.text
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rejected) == 6 and {row["reason"] for row in rejected} == {"no_thinking"}
     assert all(row["reply"].startswith(f"<lang_select>{row['language']}</lang_select>") for row in rejected)

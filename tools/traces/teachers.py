@@ -6,16 +6,21 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nemo_lrpo.config.explang import MarksConfig
+from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.languages import LANGUAGES
 from nemo_lrpo.data.rows import Row, json_lines
-from nemo_lrpo.explang.format import forced, tag
+from nemo_lrpo.explang.format import prefill, tag
 from nemo_lrpo.seeding import derive_seed
 from nemo_lrpo.types import ORIGIN_FIXED, Prompt, RoutedPrompt, TaggedPrompt
 from tools.preparation.endpoint import ChatEndpoint, NoReply, Reply, as_answered
+
+if TYPE_CHECKING:
+    from nemo_lrpo.actor.actor import MegatronActor
 
 INSTRUCTION = """\
 First think about the question in {language} and in no other language, step by step; then give a short answer in \
@@ -47,6 +52,11 @@ class Teacher(Protocol):
 
     at_once: int
     """Requests that it takes at a time without waiting for the first reply."""
+
+    def fitting(self, prompts: Sequence[Prompt], languages: Sequence[str | None]) -> list[Prompt]:
+        """The questions that it can be asked in any of `languages` (None: it chooses). Raises DataError, naming them,
+        for others that may not be left out, and where nothing is left."""
+        ...
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply | None]]:
         """Each request with its reply as it comes, None where a later start may get one; what is left out never has
@@ -95,6 +105,9 @@ class EndpointTeacher:
         self._concurrency = concurrency
         self.at_once = 8 * concurrency
 
+    def fitting(self, prompts: Sequence[Prompt], languages: Sequence[str | None]) -> list[Prompt]:
+        return list(prompts)
+
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply | None]]:
         yield from as_answered(requests, self._reply, self._concurrency)
 
@@ -122,13 +135,39 @@ class EndpointTeacher:
 class FileTeacher:
     """Replies of a JSONL file with question_id, language (to think in) and reply, whoever has written it."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises DataError at the first bad row."""
+    def __init__(self, path: Path, samples: int) -> None:
+        """samples: of a question in a language, the first of the file. Raises DataError at the first bad row."""
         self.at_once = 4096
+        self._path, self._samples = path, samples
         self._replies: dict[tuple[str, str], list[Reply]] = defaultdict(list)
+        self._rows: list[tuple[str, str, str, int]] = []
         for where, fields in json_lines(path):
             row = _ReplyRow(where, fields)
-            self._replies[row.required_text("question_id"), row.required_text("language")].append(row.reply())
+            question, language = row.required_text("question_id"), row.required_text("language")
+            replies = self._replies[question, language]
+            self._rows.append((where, question, language, len(replies)))
+            replies.append(row.reply())
+
+    def fitting(self, prompts: Sequence[Prompt], languages: Sequence[str | None]) -> list[Prompt]:
+        """All of them. Prints how many replies nobody will ask for, by reason; raises DataError where that is all."""
+        known = {prompt.question_id for prompt in prompts}
+        found: dict[str, list[str]] = defaultdict(list)
+        for where, question, language, attempt in self._rows:
+            if question not in known:
+                reason = "to no question of --questions (and --limit)"
+            elif language not in languages:
+                reason = "in no language of --thinking"
+            elif attempt >= self._samples:
+                reason = "beyond --samples"
+            else:
+                continue
+            found[reason].append(f"{where}, {question!r} in {language!r}")
+        told = [f"{len(rows)} {reason}, the first: {rows[0]}" for reason, rows in found.items()]
+        if sum(map(len, found.values())) == len(self._rows):
+            raise DataError(f"{self._path}: none of the {len(self._rows)} replies can be used. {'; '.join(told)}")
+        for line in told:
+            print(f"  replies not used: {line}")
+        return list(prompts)
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply | None]]:
         for request in requests:
@@ -160,26 +199,22 @@ class NemoTeacher:
     def __init__(
         self, config_name: str, overrides: Sequence[str], marks: MarksConfig, *, told: bool, seed: int, scratch: Path
     ) -> None:
-        """Loads the model. Raises ConfigError."""
+        """Opens all but the model, which the first question needs. Raises ConfigError."""
         from nemo_lrpo.actor.platform import ensure_platform
 
         ensure_platform()
-        from nemo_lrpo.actor.actor import MegatronActor
-        from nemo_lrpo.actor.setup import build_policy, check_nemo_sections
+        from nemo_lrpo.actor.setup import check_nemo_sections
         from nemo_lrpo.actor.tokenizer import open_tokenizer
         from nemo_lrpo.config.loader import compose, load_policy_config
-        from nemo_lrpo.data.prompts import Prefill, PromptRenderer
+        from nemo_lrpo.data.prompts import PromptRenderer
 
         own = [f"run_dir={scratch}", f"evaluation.out={scratch / 'none.json'}"]
         config = load_policy_config(compose(config_name, [*own, *overrides]))
         check_nemo_sections(config)
         path = str(config.pretrained_checkpoint.restore_from_path)
-        prefill = Prefill(lambda language: forced(language, marks), marks.thinking_open)
-        self._renderer = PromptRenderer(open_tokenizer(path), config.prompt, prefill)
+        self._renderer = PromptRenderer(open_tokenizer(path), config.prompt, prefill(marks))
         self._rooms = ExitStack()
-        policy = build_policy(config, total_updates=1, resume_from=None, training=False)
-        self._rooms.callback(policy.logger.finalize)
-        self._actor = MegatronActor(policy, config)
+        self._config = config
         self._temperature = config.evaluation.temperature
         self._marks, self._told, self._seed = marks, told, seed
         stat = Path(path).stat()
@@ -192,6 +227,24 @@ class NemoTeacher:
             "seed": seed,
         }
         self.at_once = 8 * config.rollout.micro_batch_size
+
+    @cached_property
+    def _actor(self) -> MegatronActor:
+        from nemo_lrpo.actor.actor import MegatronActor
+        from nemo_lrpo.actor.setup import build_policy
+
+        policy = build_policy(self._config, total_updates=1, resume_from=None, training=False)
+        self._rooms.callback(policy.logger.finalize)
+        return MegatronActor(policy, self._config)
+
+    def fitting(self, prompts: Sequence[Prompt], languages: Sequence[str | None]) -> list[Prompt]:
+        """By prompt.max_tokens and prompt.over_long, as in training; see PromptRenderer."""
+        named = [language for language in languages if language]
+        asked = [
+            replace(prompt, question=self._longest(prompt, named), fixed_language=prompt.language) for prompt in prompts
+        ]
+        kept = {one.question_id for one in self._renderer.fitting(asked, (), () if self._told else named)}
+        return [prompt for prompt in prompts if prompt.question_id in kept]
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Reply | None]]:
         prompts = [self._prompt(request) for request in requests]
@@ -207,11 +260,24 @@ class NemoTeacher:
     def close(self) -> None:
         self._rooms.close()
 
+    def _question(self, prompt: Prompt, language: str | None) -> str:
+        """As it is asked."""
+        if not self._told or language is None:
+            return prompt.question
+        return f"{prompt.question}\n\n{instruction(language, prompt.language, self._marks)}"
+
+    def _longest(self, prompt: Prompt, languages: Sequence[str]) -> str:
+        """The question as it is asked with the most tokens."""
+        if not self._told or not languages:
+            return prompt.question
+        return max(
+            (self._question(prompt, language) for language in languages),
+            key=lambda text: len(self._renderer.tokens_of(text)),
+        )
+
     def _prompt(self, request: Request) -> TaggedPrompt:
         prompt, language = request.prompt, request.language
-        if self._told and language:
-            told = instruction(language, prompt.language, self._marks)
-            prompt = replace(prompt, question=f"{prompt.question}\n\n{told}")
+        prompt = replace(prompt, question=self._question(prompt, language))
         thinking = None if self._told else language
         routed = RoutedPrompt(prompt, -1, request.attempt, prompt.language, ORIGIN_FIXED, 1.0, thinking=thinking)
         return self._renderer.render(routed)
