@@ -10,7 +10,8 @@ pairs set it to all of them, questions of a step times rollouts of a question.
 dpo: the best answer to a question in a language against the worst, by reward. mapo: in every language but the dominant
 one, answers nearer to the dominant language's against those that lie further away, by the encoder's cosine. mpo: as
 dpo, in every language but the dominant one, each with the dominant language's pair as target. nemo_lrpo/data/pairs.py
-says where mapo and mpo differ from what was published. Answers that did not end or have no reward are not used.
+says where mapo and mpo differ from what was published. Answers that did not end or have no reward are not used,
+nor those of mode=explang whose tag was prefilled: the rollouts hold them without it.
 
 OUT, pairs_KIND.jsonl beside the rollouts by default, gets one JSON object a line
 (nemo_lrpo/data/pair_file.py), `margin` in reward, or in alignment (mapo). nemo_lrpo.train_offline trains on it.

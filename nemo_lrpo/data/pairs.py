@@ -32,6 +32,9 @@ from nemo_lrpo.data.rows import Row, json_lines, kind_of
 
 UNFINISHED = "unfinished"
 """The answer did not end within its budget; such answers do not train in GRPO either."""
+FORCED = "forced"
+"""Of mode=explang: the answer was made to think in a language. Its line lacks the tag, which the policy has not
+written, and a pair of it would begin behind the tag."""
 NO_REWARD = "no_reward"
 """The reward was masked or never came."""
 NO_ALIGNMENT = "no_alignment"
@@ -48,12 +51,13 @@ NO_DOMINANT = "no_dominant"
 """The question has no answer, or pair, in the dominant language."""
 DOMINANT = "dominant"
 """An answer in the dominant language, where only the others are paired."""
-REASONS = (UNFINISHED, NO_REWARD, NO_ALIGNMENT, SINGLE, TIE, BETWEEN, NOT_PREFERRED, NO_DOMINANT, DOMINANT)
+REASONS = (UNFINISHED, FORCED, NO_REWARD, NO_ALIGNMENT, SINGLE, TIE, BETWEEN, NOT_PREFERRED, NO_DOMINANT, DOMINANT)
 
 
 @dataclass(frozen=True)
 class RatedAnswer:
-    """One line of rollouts.jsonl. `language` is the requested one; reward: in [0, 1], None where there is none."""
+    """One line of rollouts.jsonl. `language` is the requested one; reward: in [0, 1], None where there is none. forced:
+    the response goes on behind a tag that was prefilled."""
 
     sample_id: str
     question_id: str
@@ -63,6 +67,7 @@ class RatedAnswer:
     response: str
     reward: float | None
     ended: bool
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,7 @@ def _answer(row: Row) -> RatedAnswer:
         response=response,
         reward=None if reward is None else float(reward),
         ended=ended,
+        forced=row.get("thinking") is not None,
     )
 
 
@@ -236,7 +242,7 @@ def _order(answer: RatedAnswer) -> tuple[int, int, str]:
 
 
 def _usable(answers: Iterable[RatedAnswer], min_margin: float) -> tuple[list[RatedAnswer], dict[str, str]]:
-    """Those that ended and have a reward, by step and slot; the others with their reasons."""
+    """Those that ended, were not forced and have a reward, by step and slot; the others with their reasons."""
     if not min_margin >= 0.0:
         raise ValueError(f"min_margin={min_margin} is out of range; it must be >= 0.")
     usable, left_out, seen = [], {}, set()
@@ -246,6 +252,8 @@ def _usable(answers: Iterable[RatedAnswer], min_margin: float) -> tuple[list[Rat
         seen.add(answer.sample_id)
         if not answer.ended:
             left_out[answer.sample_id] = UNFINISHED
+        elif answer.forced:
+            left_out[answer.sample_id] = FORCED
         elif answer.reward is None:
             left_out[answer.sample_id] = NO_REWARD
         else:

@@ -1,4 +1,5 @@
-"""What the policy chose and how it fared, in all and by chosen language, seen and unseen languages apart."""
+"""What the policy chose and how it fared, in all and by chosen language, seen and unseen languages apart, and where the
+router proposes some of the thinking languages those that were forced apart from those that were chosen."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def outcome_metrics(
     outcomes: Sequence[Outcome], seen: Collection[str], correct_from: float, stage: str | None = None
 ) -> dict[str, float]:
     """Over all responses, and with the endings `/<language>`, `/seen`, `/unseen` over those in such a chosen or forced
-    thinking language:
+    thinking language, and where there are both `/chosen` and `/forced` over those whose language the policy chose, or
+    failed to choose, and those whose tag was prefilled:
 
     count                   responses
     well_formed, compliance, tokens
@@ -47,6 +49,8 @@ def outcome_metrics(
         "/seen": lambda o: o.language is not None and o.language in seen,
         "/unseen": lambda o: o.language is not None and o.language not in seen,
     }
+    if 0 < len(free) < len(outcomes):
+        scopes |= {"/chosen": lambda o: not o.forced, "/forced": lambda o: o.forced}
     scopes |= {f"/{language}": lambda o, language=language: o.language == language for language in spoken}
     for suffix, belongs in scopes.items():
         part = [outcome for outcome in outcomes if belongs(outcome)]

@@ -101,6 +101,14 @@ def test_forced_responses_are_no_selection_and_count_in_all_else() -> None:
     shares = {"de": 1 / 6, "en": 1 / 6, "sw": 3 / 6, "seen": 2 / 6, "unseen": 3 / 6, "none": 1 / 6}
     for name, share in shares.items():
         assert metrics[f"selected/{name}"] == metrics[f"selected_exploration/{name}"] == pytest.approx(share)
+    # Two right ones, one of them compliant; of the six others five have a verdict, and one of these is right.
+    forced = {"count": 2, "accuracy": 1.0, "accuracy_strict": 0.5, "compliance": 0.5, "tokens": 15, "pass_at_k": 1.0}
+    free = {"count": 6, "accuracy": 1 / 5, "accuracy_strict": 1 / 5, "compliance": 3 / 5, "tokens": 74 / 6}
+    free |= {"pass_at_k": 0.5, "unverified": 1, "well_formed": 5 / 6}
+    for scope, facts in (("forced", forced), ("chosen", free)):
+        assert {name: metrics[f"{name}/{scope}"] for name in facts} == pytest.approx(facts)
+    assert not [name for name in outcome_metrics(OUTCOMES, SEEN, 1.0) if name.endswith(("/chosen", "/forced"))]
     all_made = outcome_metrics(made, SEEN, 1.0, stage="exploration")
     assert all_made["forced"] == 1.0 and all_made["compliance/de"] == 0.5
     assert not [name for name in all_made if name.startswith(("selected", "languages_effective"))]
+    assert not [name for name in all_made if name.endswith(("/chosen", "/forced"))], "they are as all"

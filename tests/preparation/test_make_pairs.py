@@ -36,6 +36,8 @@ ROWS = [
     rollout(4, "fr", None, FRENCH),
     rollout(5, "fr", 0.3, "L'euro.", ended=False),
     rollout(6, "de", 0.0, ""),
+    # It would be the best one, were it whole.
+    rollout(7, "de", 1.0, "<think>Es war der Yen.</think>", thinking="de"),
 ]
 
 
@@ -58,9 +60,12 @@ def test_pairs_with_their_target_and_counts(run_dir: Path, capsys: pytest.Captur
     target = pair["dominant"]
     assert target["language"] == "en" and target["chosen"]["response"] == ENGLISH
     left_out = {row["sample_id"][-1]: row["reason"] for row in lines(run_dir / "pairs_mpo.left_out.jsonl")}
-    assert left_out == {"3": "between", "4": "no_reward", "5": "unfinished"}
+    assert left_out == {"3": "between", "4": "no_reward", "5": "unfinished", "7": "forced"}
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "7 answers, 1 pairs: de 1" and table[1].split() == ["unfinished", "1"]
+    assert table[0] == "8 answers, 1 pairs: de 1" and [line.split() for line in table[1:3]] == [
+        ["unfinished", "1"],
+        ["forced", "1"],
+    ]
 
     out = run_dir / "sub" / "mine.jsonl"
     assert main([str(run_dir / "rollouts.jsonl"), "--kind", "dpo", "--out", str(out)]) == 0

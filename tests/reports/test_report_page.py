@@ -75,7 +75,7 @@ def explang_record(step: int) -> dict[str, Any]:
     record["explang/exploration"] = float(step <= 4)
     for name, share in {**shares, "seen": 1.0 - shares.get("sw", 0.0), "unseen": shares.get("sw", 0.0)}.items():
         record |= {f"explang/selected/{name}": share, f"explang/selected_{stage}/{name}": share}
-        record |= {f"explang/count/{name}": 8.0 * share}
+        record |= {f"explang/count/{name}": 8.0 * share, "explang/count/chosen": 8.0, "explang/count/forced": 4.0}
         if share:
             record |= {f"explang/accuracy/{name}": step / 10, f"explang/tokens/{name}": 10.0 + step}
     return record | {"explang/accuracy": step / 10, "explang/compliance": 1.0, "explang/pass_at_k": 1.0}

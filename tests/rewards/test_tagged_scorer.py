@@ -90,3 +90,23 @@ def test_the_thinking_blocks_share_is_a_measure() -> None:
     found = scores(gate="share")
     assert found["right"].measures["language_share"] == 1.0 and found["other answer"].measures["language_share"] == 1.0
     assert found["not compliant"].measures["language_share"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "right", "wrong"),
+    [("exact", "siebzehn Früchte", "Siebzehn  Früchte", "siebzehn"), ("choice", "C", "Die Antwort ist C.", "B")],
+)
+def test_of_a_thinking_block_no_verifier_knows(kind: str, reference: str, right: str, wrong: str) -> None:
+    """The right answer counts in the answer only, and what is thought before it does not spoil it."""
+    texts = {
+        "right": render("de", f"{GERMAN} {wrong}", right, MARKS),
+        "thought only": render("de", f"{GERMAN} {right}", wrong, MARKS),
+        "open": tag("de", MARKS) + MARKS.thinking_open + right,
+    }
+    verifiers = {"part": VerifierConfig(kind=kind)}
+    scorer = RewardScorer(
+        ScorerConfig(languages=["de", "en"], verifiers=verifiers, thinking=ThinkingConfig(tagged=True))
+    )
+    found = scorer.score([ScoreRequest(name, text, reference, "de", "de") for name, text in texts.items()])
+    scorer.close()
+    assert {score.sample_id: score.quality for score in found} == {"right": 1.0, "thought only": 0.0, "open": 0.0}
