@@ -143,6 +143,7 @@ def test_divergence_and_weights_follow_the_stage(whole: Path) -> None:
         assert total == pytest.approx(1.0)
         assert 0 <= record["explang/accuracy_strict"] <= record["explang/accuracy"] <= record["explang/pass_at_k"] <= 1
         assert record["explang/count/unseen"] == record.get("explang/count/ja", 0.0)
+        assert record["explang/count/forced"] == FORCED * QUESTIONS
     assert state(whole)["step"] == 4
     (validation,) = [record for record in metrics(whole) if record["kind"] == "validation"]
     assert validation["explang/count"] == 12 and validation["explang/forced"] == 0.0
