@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_lrpo.config.mode import EXPLANG
 from tools.reporting.runs import ReportError
+from tools.reporting.thinking import ORIGINS
 
 GROUPS = ("seen", "unseen")
 _FACTS = (
@@ -131,7 +132,8 @@ def _thinking(label: str, tree: Tree) -> Table | None:
     }
     if not values.get("count"):
         return None
-    languages = sorted({key.removeprefix("count/") for key in values if key.startswith("count/")} - set(GROUPS))
+    named = {key.removeprefix("count/") for key in values if key.startswith("count/")}
+    languages = sorted(named - {*GROUPS, *ORIGINS})
     scopes = ["", *(name for name in (*GROUPS, *languages) if values.get(f"count/{name}"))]
     # Where the policy was made to think in a language, it has chosen none.
     chooses = any(key.startswith("selected/") for key in values)

@@ -21,7 +21,7 @@ CURVES = (
     ("explang/languages_effective", "Languages chosen", "effective number: n where n are chosen equally often"),
 )
 _GROUPS = ("seen", "unseen")
-_ORIGINS = ("chosen", "forced")
+ORIGINS = ("chosen", "forced")
 """Of thinking languages; no groups of them."""
 _STAGES = (("exploration", 1.0), ("exploitation", 0.0))
 """With the value of the metric `exploration`."""
@@ -48,7 +48,7 @@ def thinking_languages(runs: Sequence[Run]) -> list[str]:
     """All that a response of the runs has thought in, sorted."""
     start = f"{PREFIX}/count/"
     keys = {key for run in runs for record in (*run.train, *run.validation) for key in record if key.startswith(start)}
-    return sorted({key.removeprefix(start) for key in keys} - {*_GROUPS, *_ORIGINS})
+    return sorted({key.removeprefix(start) for key in keys} - {*_GROUPS, *ORIGINS})
 
 
 def in_explang(run: Run) -> bool:
