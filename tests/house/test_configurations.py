@@ -32,7 +32,7 @@ METHODS = {"dpo": ("dpo", 2), "mapo": ("dpo", 2), "mpo": ("reward_gap", 4)}
 """Loss and answers of a pair, by the file's name."""
 ROUTERS = sorted(path.stem for path in (CONFIG_DIR / "router").glob("*.yaml"))
 TRT_LLM = {"rollout.backend": "trt_llm"}
-POLICIES = {"default": "hierarchical", "input_dominant": "fixed", "en_dominant": "fixed"}
+POLICIES = {"default": "hierarchical", "spread": "hierarchical", "input_dominant": "fixed", "en_dominant": "fixed"}
 """Of the router files that are not named for theirs."""
 
 

@@ -36,7 +36,7 @@ ARMS = {
         # In so few steps its moving averages have to be faster than released.
         Arm("published", "LRPO, published router", "published", settings=("router.alpha=0.3",)),
         Arm("default", "LRPO, default router", "default"),
-        Arm("spread", "default, no language twice", "default", settings=("router.diversity.without_replacement=true",)),
+        Arm("spread", "LRPO, spread router", "spread"),
         Arm("no_calibration", "default, no calibration", "default", ("calibration.method=none",)),
         Arm("no_gate", "default, no gate", "default", ("language_id.gate=off",)),
     )
