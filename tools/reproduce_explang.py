@@ -36,6 +36,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from tools.miniature.processes import EntryPoints, ProcessFailed, RewardServers  # noqa: E402
+from tools.miniature.text import write_block, write_whole  # noqa: E402
 from tools.miniature.thinking import (  # noqa: E402
     Runs,
     Thinking,
@@ -51,7 +52,8 @@ CONFIG, EVALUATION, TASK = "demo_explang", "demo_explang_evaluate", "sums"
 SERVER = ("thinking.tagged=true", "~verifiers.similarity", "+verifiers.math={kind: numeric}")
 SEEDS, ARMS = 3, "english,explang"
 COLD_START = ThinkingArm("cold_start", "cold start")
-BEGIN, END = "<!-- explang:begin -->", "<!-- explang:end -->"
+BLOCK = "explang"
+"""In the README."""
 FIGURE = "thinking.svg"
 PICTURE = f"tools/miniature/{FIGURE}"
 """The figure as the README shows it."""
@@ -149,16 +151,11 @@ def write_all(runs: Runs, arms: Sequence[ThinkingArm], out: Path, readme: Path |
             text += f"\n\n{arm.label} thinks in: {chosen_line(runs, arm)}."
     out.mkdir(parents=True, exist_ok=True)
     draw(runs, done, out / FIGURE)
-    (out / "results.md").write_text(f"{text}\n", encoding="utf-8")
+    write_whole(out / "results.md", f"{text}\n")
     if readme is not None:
-        whole = readme.read_text(encoding="utf-8")
-        before, begin, rest = whole.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise ValueError(f"{readme}: has no block to write to; put {BEGIN} and {END} where it should stand.")
-        shutil.copyfile(out / FIGURE, readme.parent / PICTURE)
         picture = f"![Accuracy of the rollouts and number of chosen thinking languages, by step]({PICTURE})"
-        readme.write_text(f"{before}{BEGIN}\n{text}\n\n{picture}\n{END}{after}", encoding="utf-8")
+        write_block(readme, BLOCK, f"{text}\n\n{picture}")
+        shutil.copyfile(out / FIGURE, readme.parent / PICTURE)
     return text
 
 

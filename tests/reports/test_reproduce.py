@@ -14,19 +14,20 @@ from nemo_lrpo.config.loader import compose, load_train_config, to_dataclass
 from nemo_lrpo.config.reward import ServeRewardsConfig
 from tools.demo_world import LANGUAGES, build_facts
 from tools.miniature.arms import ARMS, Plan, World
+from tools.miniature.kept import ResultsError
 from tools.miniature.outcomes import (
     BASE,
     Measure,
     Outcome,
     Results,
-    ResultsError,
     Training,
     read_measure,
     read_training,
 )
-from tools.miniature.page import BEGIN, END, write_all
+from tools.miniature.page import BLOCK, write_all
 from tools.miniature.processes import ProcessFailed
 from tools.miniature.statistics import estimate, language_groups, macro, paired, summarise
+from tools.miniature.text import marks
 from tools.reproduce import Bench, reproduce
 
 KNOWLEDGE = {"East Asia": ["ja", "ko"], "General Knowledge": ["en"]}
@@ -311,10 +312,11 @@ def test_the_block_of_a_readme_is_rewritten_and_nothing_else(tmp_path: Path) -> 
         results.add(outcome("grpo", seed, {"de": 0.4, "en": 0.6, "ja": 0.8}))
         results.add(outcome("default", seed, {"de": 0.5 + gain, "en": 0.7 + gain, "ja": 0.9 + gain}))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    opening, closing = marks(BLOCK)
+    readme.write_text(f"before\n{opening}\nold\n{closing}\nafter\n")
     write_all(results, tmp_path / "out", readme)
     text = readme.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n2 seeds of 2 steps") and text.endswith(f"{END}\nafter\n")
+    assert text.startswith(f"before\n{opening}\n2 seeds of 2 steps") and text.endswith(f"{closing}\nafter\n")
     assert "old" not in text
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert list(rows)[2:] == ["base model", "GRPO", "LRPO, default router"]

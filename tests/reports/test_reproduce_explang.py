@@ -12,6 +12,7 @@ import pytest
 
 from nemo_lrpo.config.loader import compose, load_train_config
 from tools.miniature.processes import ProcessFailed
+from tools.miniature.text import marks
 from tools.miniature.thinking import (
     CHOOSES,
     ENGLISH,
@@ -23,7 +24,7 @@ from tools.miniature.thinking import (
     table,
     thinking_arms,
 )
-from tools.reproduce_explang import BEGIN, COLD_START, END, Bench, check_same, reproduce, write_all
+from tools.reproduce_explang import BLOCK, COLD_START, Bench, check_same, reproduce, write_all
 
 ARMS = thinking_arms(8)
 
@@ -159,7 +160,8 @@ def test_the_table_pairs_by_seed_and_a_file_without_a_block_is_refused(tmp_path:
     # Differences 0.3 and 0.4: their mean +- 12.706 * 0.0707 / sqrt(2).
     assert "0.900 ±1.271 (+0.350 ±0.635)" in row
     readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
+    opening, closing = marks(BLOCK)
+    readme.write_text("\n".join(["above", opening, "old", closing, "below", ""]))
     (tmp_path / "tools/miniature").mkdir(parents=True)
     text = write_all(runs, arms, tmp_path, readme)
     written = readme.read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,14 +14,11 @@ from nemo_lrpo.rewards.answers import plain
 from nemo_lrpo.types import ORIGIN_DRAWN, ORIGIN_FIXED
 from tools.demo_world import LANGUAGES, build_facts
 from tools.miniature.arms import Arm, Plan, differing
+from tools.miniature.kept import KeptRuns, ResultsError
 
 Knowledge = Mapping[str, Sequence[str]]
 """By topic or region, the languages in which the base model was taught its facts."""
 BASE = "base"
-
-
-class ResultsError(ValueError):
-    """A file of results cannot be gone on with; the message names file, line and remedy."""
 
 
 @dataclass(frozen=True)
@@ -145,24 +142,12 @@ def knowing(record: Mapping[str, Any], knowledge: Knowledge) -> set[str]:
     return {language for name in (*record["topics"], *record["regions"]) for language in knowledge.get(name, ())}
 
 
-class Results:
-    """Outcomes in a file of JSON lines, one a run, added as soon as it is done."""
+class Results(KeptRuns[Outcome]):
+    """The outcomes of tools/reproduce.py."""
 
     def __init__(self, path: Path) -> None:
-        """A last line that a stop cut off is taken out. Raises ResultsError, naming the line, for one that is no
-        outcome."""
-        self.path = path
-        self._found: dict[tuple[str, int], Outcome] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole, _, cut = text.rpartition("\n")
-        if cut:
-            path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
-        for number, line in enumerate(whole.split("\n") if whole else [], start=1):
-            try:
-                outcome = _outcome(json.loads(line))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ResultsError(f"{path}:{number}: no run of tools/reproduce.py ({error!r}).") from error
-            self._found[outcome.arm, outcome.seed] = outcome
+        """See KeptRuns."""
+        super().__init__(path, _outcome, "tools/reproduce.py")
 
     def check(self, plan: Plan, arms: Iterable[Arm]) -> None:
         """Raise ResultsError where a run of `arms`, or of the base model, is not of `plan`."""
@@ -177,20 +162,6 @@ class Results:
                     "this one has now, and would be compared with what it cannot be. Go on with what it had, or give "
                     "another --out."
                 )
-
-    def get(self, arm: str, seed: int) -> Outcome | None:
-        return self._found.get((arm, seed))
-
-    def of(self, arm: str) -> list[Outcome]:
-        """By seed."""
-        return [self._found[key] for key in sorted(self._found) if key[0] == arm]
-
-    def add(self, outcome: Outcome) -> None:
-        """Keep a run."""
-        self._found[outcome.arm, outcome.seed] = outcome
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(outcome)) + "\n")
 
 
 def _outcome(record: Mapping[str, Any]) -> Outcome:

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.miniature.arms import ARMS, BASELINE
-from tools.miniature.outcomes import BASE, Outcome, Results, ResultsError
-from tools.miniature.statistics import Estimate, Summary, figures, language_groups, summarise
+from tools.miniature.kept import ResultsError
+from tools.miniature.outcomes import BASE, Outcome, Results
+from tools.miniature.statistics import Summary, figures, language_groups, summarise
+from tools.miniature.text import head, plus_minus, row, write_block, write_whole
 
-BEGIN, END = "<!-- reproduce:begin -->", "<!-- reproduce:end -->"
+BLOCK = "reproduce"
+"""In the README."""
 FIGURE = "reproduce.svg"
 PICTURE = f"tools/miniature/{FIGURE}"
 """The figure as the README shows it."""
@@ -37,13 +40,13 @@ def write_all(results: Results, out: Path, readme: Path | None) -> list[str]:
     text = block(results, summaries)
     out.mkdir(parents=True, exist_ok=True)
     draw(results, summaries, out / FIGURE)
-    _write(out / "results.md", f"{text}\n\n{details(results, summaries)}\n")
+    write_whole(out / "results.md", f"{text}\n\n{details(results, summaries)}\n")
     if readme is not None:
         picture = readme.parent / PICTURE
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_bytes((out / FIGURE).read_bytes())
         body = f"{text}\n\n![Accuracy and reward of every arm and seed, and routed share by step]({PICTURE})"
-        _write(readme, with_block(readme.read_text(encoding="utf-8"), body, readme))
+        write_block(readme, BLOCK, body)
     return [text, "", f"{out / 'results.md'}, {out / FIGURE}"]
 
 
@@ -51,15 +54,6 @@ def summaries_of(results: Results) -> list[Summary]:
     """Of the arms that have runs, in the order of ARMS."""
     baseline = results.of(BASELINE)
     return [summarise(name, own, baseline) for name in ARMS if (own := results.of(name))]
-
-
-def with_block(text: str, body: str, path: Path) -> str:
-    """`text` with what stands between the two marks replaced by `body`. Raises ResultsError without the marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ResultsError(f"{path}: has no block to write to; put {BEGIN} and {END} where it should stand.")
-    return f"{before}{BEGIN}\n{body}\n{END}{after}"
 
 
 def block(results: Results, summaries: Sequence[Summary]) -> str:
@@ -83,15 +77,15 @@ def table(results: Results, summaries: Sequence[Summary]) -> str:
     """Markdown: the base model, then an arm a row."""
     columns = [column for column in COLUMNS if any(column[0] in summary.figures for summary in summaries)]
     headings = ["", *(heading for _, heading, _ in columns), "tokens", "processor s"]
-    lines = [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)])]
+    lines = head(headings)
     for outcome in results.of(BASE)[:1]:
         found = figures(outcome)
         cells = [f"{found[name]:.{digits}f}" if name in found else "" for name, _, digits in columns]
-        lines.append(_row(["base model", *cells, "", ""]))
+        lines.append(row(["base model", *cells, "", ""]))
     for summary in summaries:
         cells = [_cell(summary, name, digits) for name, _, digits in columns]
         cells += [f"{summary.figures[name].mean:,.0f}" for name in ("tokens", "processor_seconds")]
-        lines.append(_row([ARMS[summary.arm].label, *cells]))
+        lines.append(row([ARMS[summary.arm].label, *cells]))
     return "\n".join(lines)
 
 
@@ -105,24 +99,23 @@ def details(results: Results, summaries: Sequence[Summary]) -> str:
         "Accuracy in the languages that the base model was taught most in, and least; of questions that it was taught "
         "in their language, and of others; the share of answers that are true in any language:",
         "",
-        _row(["", *(heading for _, heading in columns)]),
-        _row(["---", *["---:"] * len(columns)]),
+        *head(["", *(heading for _, heading in columns)]),
     ]
     for summary in summaries:
-        lines.append(_row([ARMS[summary.arm].label, *(_cell(summary, name, 3) for name, _ in columns)]))
+        lines.append(row([ARMS[summary.arm].label, *(_cell(summary, name, 3) for name, _ in columns)]))
     languages = list(some.measure.accuracy)
     lines += [
         "",
         "Share of the drawn rollouts by language; in languages that know the fact, and that training asks in:",
         "",
     ]
-    lines += [_row(["", *languages, "knowing", "asked in"]), _row(["---", *["---:"] * (len(languages) + 2)])]
+    lines += head(["", *languages, "knowing", "asked in"])
     for summary in summaries:
         if "knowing_drawn" in summary.figures:
             shares = drawn_shares(results.of(summary.arm))
             cells = [f"{shares.get(language, 0.0):.3f}" for language in languages]
             cells += [f"{summary.figures[name].mean:.3f}" for name in ("knowing_drawn", "asked_drawn")]
-            lines.append(_row([ARMS[summary.arm].label, *cells]))
+            lines.append(row([ARMS[summary.arm].label, *cells]))
     lines += ["", "Differences, paired by seed, with 95 % intervals:", ""]
     lines += comparisons(results, [summary.arm for summary in summaries])
     return "\n".join(lines)
@@ -199,26 +192,8 @@ def draw(results: Results, summaries: Sequence[Summary], path: Path) -> None:
 def _cell(summary: Summary, name: str, digits: int) -> str:
     if name not in summary.figures:
         return ""
-    text = _plus_minus(summary.figures[name], digits)
+    text = plus_minus(summary.figures[name], digits)
     difference = summary.differences.get(name)
     if summary.arm == BASELINE or difference is None:
         return text
-    return f"{text} ({_signed(difference, digits)})"
-
-
-def _plus_minus(found: Estimate, digits: int) -> str:
-    return f"{found.mean:.{digits}f}" + ("" if math.isnan(found.half) else f" ±{found.half:.{digits}f}")
-
-
-def _signed(found: Estimate, digits: int) -> str:
-    return f"{found.mean:+.{digits}f}" + ("" if math.isnan(found.half) else f" ±{found.half:.{digits}f}")
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    return f"{text} ({plus_minus(difference, digits, '+')})"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from nemo_lrpo.config.mode import EXPLANG
-from tools.miniature.statistics import Estimate, estimate, paired
+from tools.miniature.kept import KeptRuns
+from tools.miniature.statistics import estimate, paired
+from tools.miniature.text import head, plus_minus, row
 
 CHOOSES, ENGLISH, PROPOSED = "explang", "english", "hybrid"
 LAST_STEPS = 5
@@ -137,38 +138,16 @@ def figures_of(run: Thinking) -> dict[str, float]:
     return found
 
 
-class Runs:
-    """Runs that are done, in a file of JSON lines; a last line that a stop cut off is taken out."""
+class Runs(KeptRuns[Thinking]):
+    """The runs of tools/reproduce_explang.py."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError, naming the line, for one that is no run."""
-        self.path = path
-        self._found: dict[tuple[str, int], Thinking] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole, _, cut = text.rpartition("\n")
-        if cut:
-            path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
-        for number, line in enumerate(whole.split("\n") if whole else [], start=1):
-            try:
-                record = json.loads(line)
-                run = Thinking(**{field.name: record[field.name] for field in fields(Thinking)})
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: no run of tools/reproduce_explang.py ({error!r}).") from error
-            self._found[run.arm, run.seed] = run
+        """See KeptRuns."""
+        super().__init__(path, _thinking, "tools/reproduce_explang.py")
 
-    def get(self, arm: str, seed: int) -> Thinking | None:
-        return self._found.get((arm, seed))
 
-    def of(self, arm: str) -> list[Thinking]:
-        """By seed."""
-        return [self._found[key] for key in sorted(self._found) if key[0] == arm]
-
-    def add(self, run: Thinking) -> None:
-        """Keep a run."""
-        self._found[run.arm, run.seed] = run
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(run)) + "\n")
+def _thinking(record: Mapping[str, Any]) -> Thinking:
+    return Thinking(**{field.name: record[field.name] for field in fields(Thinking)})
 
 
 COLUMNS = (
@@ -189,23 +168,23 @@ COMPARED = ("accuracy", "accuracy_strict")
 def table(runs: Runs, arms: Sequence[ThinkingArm], before: str) -> str:
     """Markdown: the model `before` training, then an arm a row; differences are to ENGLISH, paired by seed. Columns
     "languages": as many equally frequent ones as have the entropy of those that the rollouts chose."""
-    lines = [_row(["", *(heading for _, heading, _ in COLUMNS)]), _row(["---", *["---:"] * len(COLUMNS)])]
+    lines = head(["", *(heading for _, heading, _ in COLUMNS)])
     baseline = {run.seed: figures_of(run) for run in runs.of(ENGLISH)}
     first = runs.of(before)
     if first:
         found = figures_of(first[0])
-        lines.append(_row(["cold start", *(_number(found.get(name), digits) for name, _, digits in COLUMNS)]))
+        lines.append(row(["cold start", *(_number(found.get(name), digits) for name, _, digits in COLUMNS)]))
     for arm in arms:
         own = {run.seed: figures_of(run) for run in runs.of(arm.name)}
         cells = []
         for name, _, digits in COLUMNS:
             values = {seed: found[name] for seed, found in own.items() if name in found}
-            cell = _interval(estimate(list(values.values())), digits) if values else ""
+            cell = plus_minus(estimate(list(values.values())), digits) if values else ""
             if name in COMPARED and arm.name != ENGLISH and baseline.keys() & values.keys():
                 other = {seed: found[name] for seed, found in baseline.items()}
-                cell += f" ({_interval(paired(values, other), digits, '+')})"
+                cell += f" ({plus_minus(paired(values, other), digits, '+')})"
             cells.append(cell)
-        lines.append(_row([arm.label, *cells]))
+        lines.append(row([arm.label, *cells]))
     return "\n".join(lines)
 
 
@@ -248,14 +227,5 @@ def chosen_line(runs: Runs, arm: ThinkingArm, most: int = 6) -> str:
     return ", ".join(f"{language} {shares[language]:.2f}" for language in order)
 
 
-def _interval(found: Estimate, digits: int, sign: str = "") -> str:
-    text = f"{found.mean:{sign}.{digits}f}"
-    return text + ("" if math.isnan(found.half) else f" ±{found.half:.{digits}f}")
-
-
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
