@@ -151,16 +151,14 @@ class Bench:
 def build(world: World) -> None:
     """Data, models and calibration, where they are missing or older than what makes them."""
     tools = ROOT / "tools"
-    models = [tools / "build_models.py", "--data", world.data]
-    commands = [[*models, "--out", world.models, *(["--only", "encoder"] if world.asked_in else [])]]
-    if world.asked_in:
-        tuned_in = ["--tuned-in", ",".join(world.asked_in)]
-        commands.append([*models, "--out", world.policies, "--only", "policy", *tuned_in])
     if not world.knowledge.exists():
-        commands.insert(0, [tools / "build_data.py", "--out", world.data])
-    for command in commands:
-        _run(command)
+        _run([tools / "build_data.py", "--out", world.data])
+    # Before minutes of training models: it refuses languages that there are no questions in.
     world.choose()
+    models = [tools / "build_models.py", "--data", world.data]
+    _run([*models, "--out", world.models, *(["--only", "encoder"] if world.asked_in else [])])
+    if world.asked_in:
+        _run([*models, "--out", world.policies, "--only", "policy", "--tuned-in", ",".join(world.asked_in)])
     statistics = world.calibration
     if not statistics.exists() or world.encoder.stat().st_mtime > statistics.stat().st_mtime:
         parallel, server = world.data / "parallel.parquet", ["--server-config", "demo_rewards"]

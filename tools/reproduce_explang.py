@@ -159,9 +159,9 @@ def write_all(runs: Runs, arms: Sequence[ThinkingArm], out: Path, readme: Path |
     return text
 
 
-def check_same(path: Path, model: Path, settings: Sequence[str]) -> None:
-    """Raise ValueError where `path` says that the runs beside it started from another model, or with other settings;
-    else write it."""
+def check_same(path: Path, runs: Runs, model: Path, settings: Sequence[str]) -> None:
+    """Raise ValueError where `path` says that `runs` started from another model, or with other settings; else write
+    it."""
     from omegaconf import OmegaConf
 
     from nemo_lrpo.config.loader import compose
@@ -174,7 +174,7 @@ def check_same(path: Path, model: Path, settings: Sequence[str]) -> None:
         "model": hashlib.sha256(model.read_bytes()).hexdigest()[:16],
         "settings": hashlib.sha256(json.dumps(trees, sort_keys=True).encode()).hexdigest()[:16],
     }
-    if path.exists():
+    if runs and path.exists():
         kept = json.loads(path.read_text())
         changed = [name for name, value in found.items() if kept.get(name) != value]
         if changed:
@@ -223,7 +223,7 @@ def _main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     try:
         runs = Runs(out / "results.jsonl")
         if not options.table:
-            check_same(out / "settings.json", options.model, options.overrides)
+            check_same(out / "settings.json", runs, options.model, options.overrides)
             with ExitStack() as rooms:
                 servers = rooms.enter_context(RewardServers(SERVER, out / "servers", "serve_rewards"))
                 bench = Bench(options.model.resolve(), tuple(options.overrides), out, servers, EntryPoints())

@@ -173,13 +173,16 @@ def test_the_table_pairs_by_seed_and_a_file_without_a_block_is_refused(tmp_path:
         write_all(runs, arms, tmp_path, readme)
 
 
-def test_another_model_or_other_settings_are_refused(tmp_path: Path) -> None:
-    model = tmp_path / "model.nemo"
+def test_another_model_or_other_settings_are_refused_once_a_run_is_kept(tmp_path: Path) -> None:
+    model, path = tmp_path / "model.nemo", tmp_path / "settings.json"
     model.write_text("one")
-    check_same(tmp_path / "settings.json", model, [])
-    check_same(tmp_path / "settings.json", model, [])
+    runs = Runs(tmp_path / "results.jsonl")
+    check_same(path, runs, model, ["trainer.lrpo.max_steps=2"])
+    check_same(path, runs, model, [])
+    runs.add(run_of(CHOOSES, 1, 0.9))
+    check_same(path, runs, model, [])
     with pytest.raises(ValueError, match="another settings; give another --out"):
-        check_same(tmp_path / "settings.json", model, ["trainer.lrpo.max_steps=3"])
+        check_same(path, runs, model, ["trainer.lrpo.max_steps=3"])
     model.write_text("two")
     with pytest.raises(ValueError, match="another model; give another --out"):
-        check_same(tmp_path / "settings.json", model, [])
+        check_same(path, runs, model, [])

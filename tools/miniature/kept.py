@@ -48,6 +48,9 @@ class KeptRuns(Generic[R]):
                 raise ResultsError(f"{path}:{number}: no run of {tool} ({error!r}).") from error
             self._found[run.arm, run.seed] = run
 
+    def __len__(self) -> int:
+        return len(self._found)
+
     def get(self, arm: str, seed: int) -> R | None:
         return self._found.get((arm, seed))
 
