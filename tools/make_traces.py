@@ -410,7 +410,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--max-chars", type=_positive, default=20000, help="of a reply; longer ones are rejected (20000)")
     add("--validation", type=_share, default=0.05, help="share of the questions set aside (0.05)")
     add("--limit", type=int, default=0, help="questions, the first of the file; 0: all (0)")
-    add("--mark", type=_mark, action="append", default=[], metavar="NAME=TEXT", help="a mark of explang.marks")
+    add("--mark", type=_mark, action="append", default=[], metavar="NAME=TEXT", help="a mark of mode.marks")
     add("--seed", type=int, default=0, help="of order, draws and split (0)")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="of --config, with --nemo")
     options = parser.parse_args(arguments)

@@ -22,7 +22,7 @@ from nemo_lrpo.config.supervised import TraceDataConfig
 from nemo_lrpo.data.errors import DataError
 from nemo_lrpo.data.languages import LANGUAGES
 from nemo_lrpo.data.prompts import PromptRenderer
-from nemo_lrpo.data.rows import Row, json_lines
+from nemo_lrpo.data.rows import Row, json_lines, kind_of
 from nemo_lrpo.explang.format import forced, parse
 from nemo_lrpo.types import ORIGIN_FIXED, Example, Prompt, RoutedPrompt
 
@@ -62,17 +62,23 @@ class _TraceRow(Row):
             question_language=self._language("question_language"),
             language=self._language("language"),
             response=self.required_text("response"),
-            attempt=int(self.get("attempt") or 0),
+            attempt=self._attempt(),
         )
         parsed = parse(trace.response, marks, LANGUAGES)
         if parsed.defect:
-            self.refuse("response", f"is no whole output by the marks of explang.marks: {parsed.defect.value}")
+            self.refuse("response", f"is no whole output by the marks that are set: {parsed.defect.value}")
         if parsed.language != trace.language:
             self.refuse("response", f"chooses {parsed.language!r}, but language is {trace.language!r}")
         begins = forced(trace.language, marks) + marks.thinking_open
         if not trace.response.startswith(begins):
             self.refuse("response", f"begins with {trace.response[: len(begins)]!r}; accepted: {begins!r}")
         return trace
+
+    def _attempt(self) -> int:
+        value = self.get("attempt")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            self.refuse("attempt", f"is {kind_of(value)}; accepted: a whole number")
+        return value or 0
 
     def _language(self, field: str) -> str:
         code = self.required_text(field)

@@ -207,6 +207,7 @@ def test_a_row_that_would_not_be_read_back_is_named(tmp_path: Path) -> None:
     assert parse(row["response"], MARKS, ["de"]).defect is None
     file = tmp_path / "traces.jsonl"
     for change, words in (
+        ({"attempt": "two"}, "line 2: attempt is text; accepted: a whole number"),
         ({"response": good(0, "de").replace("</think>", "")}, "line 2: response is no whole output .*not_closed"),
         ({"response": good(0, "de").replace(">\n<", "><")}, "line 2: response begins with .*; accepted: .*think>'"),
         ({"language": "ja"}, "line 2: response chooses 'de', but language is 'ja'"),
